@@ -1,0 +1,120 @@
+"""Schemas: the shape of a topic's data, and its plain form on the wire.
+
+msgspec does the work for dataclasses, TypedDict, attrs classes and its own Struct; pydantic models bring their own
+(extra `pydantic`). Whatever has `encode` and `decode` is a schema as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
+
+import msgspec
+
+from .errors import SchemaError
+
+__all__ = ["PlainSchema", "Schema", "dump", "load", "schema_of"]
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+
+
+@runtime_checkable
+class Schema(Protocol[T]):
+    """Turns data into plain JSON values and back.
+
+    Both raise whatever they like where a shape does not fit: it is reported with the topic's name, and the
+    message is refused at `send` and becomes a dead letter at a worker.
+    """
+
+    def encode(self, data: T) -> Any:
+        """Return plain JSON values: dict, list, str, int, float, bool, None."""
+
+    def decode(self, plain: Any) -> T:
+        """Return the data again, checked."""
+
+
+class PlainSchema:
+    """No schema: any JSON values, as they are. Dataclasses and the like are sent as JSON objects."""
+
+    def encode(self, data: Any) -> Any:
+        return msgspec.to_builtins(data, str_keys=True)
+
+    def decode(self, plain: Any) -> Any:
+        return plain
+
+
+class _TypeSchema(Generic[T]):
+    def __init__(self, type_: type[T]) -> None:
+        self.type = type_
+        # A TypedDict cannot be asked about, and a generic alias neither: convert checks those.
+        self._instances = isinstance(type_, type) and not issubclass(type_, dict)
+
+    def encode(self, data: T) -> Any:
+        plain = msgspec.to_builtins(data, str_keys=True)
+        # A dataclass checks nothing when it is made: whoever sends should learn what every worker would refuse.
+        msgspec.convert(plain, self.type)
+        return plain
+
+    def decode(self, plain: Any) -> T:
+        if self._instances and isinstance(plain, self.type):
+            return plain
+        return msgspec.convert(plain, self.type)
+
+
+class _ModelSchema(Generic[T]):
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def encode(self, data: T) -> Any:
+        return self.model.model_validate(data).model_dump(mode="json")
+
+    def decode(self, plain: Any) -> T:
+        return cast(T, self.model.model_validate(plain))
+
+
+def schema_of(schema: type[T] | Schema[T] | None) -> Schema[T]:
+    """Return the schema for a type, a schema object as it is, or plain JSON values for None.
+
+    Raises:
+        TypeError: msgspec cannot describe the type; the text says which part.
+    """
+    if schema is None:
+        return cast("Schema[T]", PlainSchema())
+    if hasattr(schema, "model_validate"):
+        return _ModelSchema(schema)
+    if not isinstance(schema, type) and isinstance(schema, Schema):
+        return schema
+    try:
+        msgspec.json.schema(schema)
+    except TypeError as exc:
+        raise TypeError(
+            f"`schema` must be a dataclass, TypedDict, attrs class, msgspec Struct, pydantic model, "
+            f"or an object with `encode` and `decode`, got {schema!r}: {exc}"
+        ) from exc
+    return _TypeSchema(schema)
+
+
+def dump(data: Any) -> bytes:
+    """Return data as canonical JSON (sorted keys), for the storage and for digests.
+
+    Raises:
+        SchemaError: it holds something that JSON has no form for.
+    """
+    try:
+        return _encoder.encode(data)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        # What JSON parsers let pass and msgspec refuses to write: half a surrogate pair, for one.
+        try:
+            return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise SchemaError(f"data must have a JSON form: {exc}") from exc
+
+
+def load(raw: bytes) -> Any:
+    """Return what `dump` was given, as plain JSON values."""
+    try:
+        return msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        return json.loads(raw)

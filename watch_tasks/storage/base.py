@@ -1,0 +1,291 @@
+"""The contract of a storage: what remembers the handled, the unfinished and the dead.
+
+The public verbs are written once, here, over primitives that see opaque bytes. A backend implements the primitives
+and passes `watch_tasks.testing.StorageSuite`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import ClassVar, Final, Self, TypeVar
+
+import msgspec
+
+from ..errors import SchemaError
+from ..message import check_index
+from ..record import Counters, DeadLetter, Event, Record
+from ..schema import dump, load
+from ..topics import WEEK, check_topic
+from .protocol import Claim, Commit, Granted, Refused
+
+__all__ = ["Storage", "Stored", "encode"]
+
+S = TypeVar("S", Record, DeadLetter)
+
+#: Records and letters that `range` and `dead` read in one step.
+PAGE: Final = 200
+
+_NOTHING: Final = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Opaque bytes as a backend gives them back."""
+
+    #: Seconds since the epoch, by the storage's clock.
+    at: float
+    blob: bytes
+
+
+class Storage(ABC):
+    """Remembers what was handled, by topic and index; who handles what now; and what is dead.
+
+    Every verb may be called from any thread, and by any number of processes where `is_shared` says so. All times
+    are the storage's own clock.
+
+    Raises:
+        StorageUnavailableError: from every verb: the server does not answer, or refuses to write.
+        StorageClosedError: from every verb: `close` was called.
+    """
+
+    #: Whether several processes that open the same URL see the same storage.
+    is_shared: ClassVar[bool] = True
+
+    # -- handled records
+
+    def get(self, topic: str, index: str) -> Record | None:
+        """Return the record of an index, or None where it was never handled or its retention is over."""
+        stored = self._get(check_topic(topic), check_index(index))
+        return _record(stored) if stored else None
+
+    def put(self, record: Record, *, retention: float | None = WEEK) -> None:
+        """Keep a record as it is, in place of the one there may be. Twice is safe.
+
+        Args:
+            record: its `handled_at` decides how long it is still kept.
+            retention: seconds after `handled_at` that it is kept; None: for ever.
+        """
+        check_topic(record.topic)
+        check_index(record.index)
+        self._put(record, record.handled_at.timestamp(), encode(record), retention)
+
+    def remove(self, topic: str, index: str, *, by: str = "") -> bool:
+        """Forget that an index was handled; redeliveries of the same message stay duplicates.
+
+        Args:
+            topic: the topic's name.
+            index: the index.
+            by: who asks, for the story of the index.
+
+        Returns:
+            Whether there was a record.
+        """
+        return self._remove(check_topic(topic), check_index(index), _by(by))
+
+    def clear(self, topic: str | None = None) -> int:
+        """Remove every record, of one topic or of all, and return how many there were."""
+        return sum(
+            self.remove(record.topic, record.index)
+            for name in self._names(topic)
+            for record in map(_record, self._scan(name, None, False))
+        )
+
+    def len(self, topic: str | None = None) -> int:
+        """Return how many records there are, of one topic or of all."""
+        return sum(self._len(name) for name in self._names(topic))
+
+    def range(
+        self, topic: str | None = None, *, since: datetime | None = None, newest_first: bool = True
+    ) -> Iterator[Record]:
+        """Yield the records by the time they were handled, in constant memory.
+
+        Those written while it runs may or may not be among them; none comes twice.
+
+        Args:
+            topic: one topic, or None for all.
+            since: leave out what was handled before.
+            newest_first: the order.
+        """
+        start = since.timestamp() if since else None
+        streams = [map(_record, self._scan(name, start, newest_first)) for name in self._names(topic)]
+        return heapq.merge(*streams, key=lambda record: record.handled_at, reverse=newest_first)
+
+    # -- dead letters
+
+    def dead(self, topic: str | None = None, *, since: datetime | None = None) -> Iterator[DeadLetter]:
+        """Yield the dead letters, newest first, in constant memory.
+
+        Args:
+            topic: one topic, or None for all, also those that nobody knows.
+            since: leave out what died before.
+        """
+        for stored in self._letters(topic, since.timestamp() if since else None):
+            yield _letter(stored)
+
+    def dead_get(self, id: str) -> DeadLetter | None:
+        """Return the dead letter of a message, or None."""
+        stored = self._letter(id)
+        return _letter(stored) if stored else None
+
+    def dead_remove(self, id: str, *, by: str = "") -> bool:
+        """Throw a dead letter away for good; return whether there was one. Redeliveries of it stay duplicates."""
+        letter = self.dead_get(id)
+        return letter is not None and self._drop_letter(id, letter.topic or "", letter.index, _by(by))
+
+    # -- what happened
+
+    def explain(self, topic: str, index: str) -> Iterator[Event]:
+        """Yield the story of an index, oldest event first; at most its newest 200 events."""
+        for at, kind, note in self._story(check_topic(topic), check_index(index)):
+            yield msgspec.convert({**load(note), "at": _time(at), "event": kind, "topic": topic, "index": index}, Event)
+
+    def counters(self, topic: str) -> Counters:
+        """Return what the messages of a topic came to so far."""
+        return self._counters(topic)
+
+    def topics(self) -> set[str]:
+        """Return the names of all topics that have records, dead letters or counters."""
+        return self._topics()
+
+    # -- the protocol
+
+    def claim(self, claim: Claim) -> Granted | Refused:
+        """Ask for the right to handle one message. Atomic: of any number that ask at once, one is granted."""
+        return self._claim((claim,))[0]
+
+    def claim_many(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
+        """Ask for many in one round trip. Each is atomic and answered as if asked after those before it."""
+        return self._claim(claims) if claims else []
+
+    def renew(self, worker: str, ids: Sequence[str], lease: float) -> set[str]:
+        """Extend the leases that `worker` holds on these ids to `lease` seconds from now.
+
+        Returns:
+            Those it holds. An id it never claimed, finished or lost is not among them, and nothing happens to it.
+        """
+        return self._renew(worker, ids, lease) if ids else set()
+
+    def commit(self, commit: Commit) -> bool:
+        """Settle one message; return False where the token is not the newest: then nothing was changed."""
+        return self._commit((commit,))[0]
+
+    def commit_many(self, commits: Sequence[Commit]) -> list[bool]:
+        """Settle many in one round trip; each is accepted or refused alone."""
+        return self._commit(commits) if commits else []
+
+    def release(self, worker: str, ids: Sequence[str], *, crashed: bool = False) -> list[int]:
+        """Give back what `worker` holds of these ids, so that others may claim it at once.
+
+        Args:
+            worker: who holds it; claims of others are left alone.
+            ids: message ids.
+            crashed: count a crash against each whose handlers had started.
+
+        Returns:
+            For each id, how often its handler took a worker down so far.
+        """
+        return self._release(worker, ids, crashed) if ids else []
+
+    # -- life
+
+    def check(self) -> list[tuple[str, bool, str, str]]:
+        """Return what a person should know before trusting this storage: (check, ok, detail, fix) each."""
+        return []
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections. Twice is safe. What was kept stays kept, where the backend survives its process."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- primitives of a backend
+
+    @abstractmethod
+    def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]: ...
+
+    @abstractmethod
+    def _renew(self, worker: str, ids: Sequence[str], lease: float) -> set[str]: ...
+
+    @abstractmethod
+    def _commit(self, commits: Sequence[Commit]) -> list[bool]: ...
+
+    @abstractmethod
+    def _release(self, worker: str, ids: Sequence[str], crashed: bool) -> list[int]: ...
+
+    @abstractmethod
+    def _get(self, topic: str, index: str) -> Stored | None: ...
+
+    @abstractmethod
+    def _put(self, record: Record, at: float, blob: bytes, retention: float | None) -> None: ...
+
+    @abstractmethod
+    def _remove(self, topic: str, index: str, note: bytes) -> bool: ...
+
+    @abstractmethod
+    def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[Stored]: ...
+
+    @abstractmethod
+    def _len(self, topic: str) -> int: ...
+
+    @abstractmethod
+    def _letters(self, topic: str | None, since: float | None) -> Iterator[Stored]: ...
+
+    @abstractmethod
+    def _letter(self, id: str) -> Stored | None: ...
+
+    @abstractmethod
+    def _drop_letter(self, id: str, topic: str, index: str | None, note: bytes) -> bool: ...
+
+    @abstractmethod
+    def _story(self, topic: str, index: str) -> Iterator[tuple[float, str, bytes]]: ...
+
+    @abstractmethod
+    def _counters(self, topic: str) -> Counters: ...
+
+    @abstractmethod
+    def _topics(self) -> set[str]: ...
+
+    def _names(self, topic: str | None) -> list[str]:
+        return sorted(self._topics()) if topic is None else [check_topic(topic)]
+
+
+def encode(value: Record | DeadLetter) -> bytes:
+    """Return a record or a dead letter as the bytes that backends keep.
+
+    Raises:
+        SchemaError: its data has no JSON form.
+    """
+    return msgspec.json.encode(msgspec.structs.replace(value, data=msgspec.Raw(dump(value.data))))
+
+
+def _record(stored: Stored) -> Record:
+    return msgspec.structs.replace(_decode(stored.blob, Record), handled_at=_time(stored.at))
+
+
+def _letter(stored: Stored) -> DeadLetter:
+    return msgspec.structs.replace(_decode(stored.blob, DeadLetter), dead_at=_time(stored.at))
+
+
+def _decode(blob: bytes, kind: type[S]) -> S:
+    try:
+        return msgspec.json.decode(blob, type=kind)
+    except msgspec.ValidationError as exc:
+        raise SchemaError(f"the storage holds a {kind.__name__} that this version cannot read: {exc}") from exc
+    except msgspec.DecodeError:
+        return msgspec.convert(load(blob), kind)
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _by(by: str) -> bytes:
+    return msgspec.json.encode({"by": by}) if by else _NOTHING

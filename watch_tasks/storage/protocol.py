@@ -1,0 +1,116 @@
+"""What the pipeline asks of a storage, and what it is answered: claims and commits as values.
+
+The rules that a storage must keep in answering are those of `docs/protocol.md`; `MemoryStorage` is their plainest
+form, and `watch_tasks.testing.StorageSuite` their test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from ..message import Once
+
+__all__ = ["STORY_LENGTH", "Claim", "Commit", "Granted", "Refusal", "Refused", "Step"]
+
+#: Events that are kept of one index: the newest.
+STORY_LENGTH: Final = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """May this worker handle this copy of a message now?"""
+
+    topic: str
+    index: str
+    id: str
+    copy: int
+    #: "message" or "index"; a message under "none" is not claimed.
+    once: Once
+    #: Who asks; unique to one worker process and its children.
+    worker: str
+    #: Seconds the claim holds without renewal.
+    lease: float
+    #: Hex digest of the data: other data under a handled index is a conflict.
+    digest: str
+    #: Seconds that the story of the index is kept after its last event.
+    retention: float | None
+    #: Seconds since the epoch, by the sender's clock.
+    sent_at: float
+    #: Whether handlers start at once, so that a crash under this claim counts against the message.
+    started: bool = True
+    #: JSON object with what an event of this delivery tells beyond its kind and time.
+    note: bytes = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Handle it: the claim holds until its lease ends, and counts until somebody else takes over."""
+
+    #: Higher than every token granted before by this storage.
+    token: int
+    #: The copy it is handled as; higher than the claimed one where that stands in for a copy never published.
+    copy: int
+    #: What the last commit of this message left, or None.
+    progress: bytes | None
+    #: How often its handler took a worker down so far.
+    crashes: int
+    #: The storage's clock, seconds since the epoch.
+    now: float
+
+
+class Refusal(StrEnum):
+    """Why a claim is refused."""
+
+    DUPLICATE = "duplicate"  #: the id is done or dead, or the index was handled and the once-rule says once
+    STALE = "stale"  #: a newer copy of the message was claimed
+    BUSY = "busy"  #: somebody else holds it, or its index, or is about to publish a newer copy
+    CONFLICT = "conflict"  #: other data was handled under the index, and the once-rule says once
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Do not handle it."""
+
+    why: Refusal
+    #: BUSY: seconds after which asking again makes sense.
+    seconds: float = 0.0
+
+
+class Step(StrEnum):
+    """What a commit makes of a message."""
+
+    HANDLED = "handled"  #: record it; `blob` is the record
+    RETRY = "retry"  #: it waits as its next copy, one retry older; `blob` is its progress
+    SNOOZED = "snoozed"  #: it waits as its next copy; `blob` is its progress
+    DEAD = "dead"  #: bury it; `blob` is the dead letter
+    MARK = "mark"  #: a handler finished, it is handled on; `blob` is its progress
+    RELEASED = "released"  #: the worker gives it back unfinished, at no cost; `blob` is its progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Make this of that message, if its token is still the newest.
+
+    Committing the same again (its answer was lost) is accepted and changes nothing.
+    """
+
+    step: Step
+    topic: str
+    #: None for a dead letter whose index cannot be known.
+    index: str | None
+    id: str
+    #: The copy in hand, as granted.
+    copy: int
+    #: None: unclaimed, nothing is checked: a message under "none", or one that could not be read.
+    token: int | None
+    blob: bytes = b""
+    #: HANDLED: hex digest of the data.
+    digest: str = ""
+    #: HANDLED: seconds that the record is kept; None: for ever. Else those of the story.
+    retention: float | None = None
+    #: RETRY, SNOOZED: seconds until the next copy is due.
+    delay: float = 0.0
+    #: Events, as kind and JSON object, that happen with it.
+    notes: tuple[tuple[str, bytes], ...] = ()

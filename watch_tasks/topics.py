@@ -1,0 +1,453 @@
+"""Topics: a named kind of message with its schema, its rules and its handlers in order.
+
+A topic knows neither Celery nor a queue: it sends into an `Outlet`. The module is not called `topic` because the
+function of that name would hide it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final, Generic, Protocol, TypeVar, cast, overload
+
+from .errors import (
+    MessageError,
+    QueueFullError,
+    SchemaError,
+    SendUnknownError,
+    TopicError,
+    did_you_mean,
+)
+from .message import Message, Once, check_index, index_of
+from .retry import RetryPolicy
+from .schema import Schema, schema_of
+
+__all__ = [
+    "WEEK",
+    "Handler",
+    "Outlet",
+    "Registry",
+    "SendReport",
+    "Topic",
+    "Verdict",
+    "check_topic",
+    "registry",
+    "topic",
+]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Seconds in a week: how long records are kept by default, as a Celery result backend would (there: one day).
+WEEK: Final = 604800.0
+#: Seconds in a day: the shortest retention, so that a record outlives every copy in flight.
+DAY: Final = 86400.0
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+
+
+class Outlet(Protocol):
+    """What a topic sends through: a queue, or an app."""
+
+    def push(self, message: Message[Any], *, delay: float = 0.0) -> None:
+        """Hand over a message with its data in plain form; return when the broker has it.
+
+        Raises:
+            SendError: refused, failed or unknown; see its kinds.
+            MessageError: the message itself cannot be sent.
+        """
+
+
+class Verdict(StrEnum):
+    """What became of one message of `send_many`."""
+
+    SENT = "sent"  #: the broker has it
+    REFUSED = "refused"  #: it was not sent: its shape, its size, or a full queue
+    UNKNOWN = "unknown"  #: the broker's answer was lost: send the same object again
+
+
+@dataclass(frozen=True, slots=True)
+class SendReport:
+    """How many messages of a `send_many` ended in which verdict."""
+
+    sent: int = 0
+    refused: int = 0
+    unknown: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """One step of a topic: a callable that takes the message, under a name that is stored."""
+
+    name: str
+    function: Callable[[Message[Any]], Any]
+
+
+def check_topic(name: object) -> str:
+    """Return the name of a topic unchanged.
+
+    Raises:
+        TopicError: it is no name of a topic.
+    """
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    raise TopicError(
+        f"the name of a topic must be 1 to 64 of a-z, 0-9, `.`, `_`, `-`, the first a letter or a digit, got {name!r}"
+    )
+
+
+class Topic(Generic[T]):
+    """A kind of message. Make one with `topic()`, which also registers it for workers.
+
+    Raises:
+        TopicError: the name is no name of a topic.
+        TypeError: the schema is none.
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        schema: type[T] | Schema[T] | None = None,
+        index: Callable[[T], str] | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - a frozen value
+        timeout: float | None = None,
+        once: Once = "message",
+        queue: str | None = None,
+        keep_data: bool = True,
+        retention: float | None = WEEK,
+    ) -> None:
+        self.name = check_topic(name)
+        self.schema = schema_of(schema)
+        self.index = index
+        self.retry = retry
+        self.timeout = _positive("timeout", timeout)
+        if once not in ("message", "index", "none"):
+            raise ValueError(f'topic `{name}`: `once` must be "message", "index" or "none", got {once!r}')
+        self.once: Once = once
+        self.queue = queue
+        self.keep_data = keep_data
+        if retention is not None and not DAY <= retention < float("inf"):
+            raise ValueError(
+                f"topic `{name}`: `retention` must be at least {DAY:.0f} seconds (a day) or None (for ever), "
+                f"got {retention!r}"
+            )
+        self.retention = retention
+        self.handlers: tuple[Handler, ...] = ()
+        self._outlet: Outlet | None = None
+
+    def __repr__(self) -> str:
+        return f"<Topic {self.name}: {', '.join(handler.name for handler in self.handlers) or 'no handlers'}>"
+
+    @overload
+    def handler(self, function: F, /) -> F: ...
+    @overload
+    def handler(self, function: None = None, /, *, name: str | None = None) -> Callable[[F], F]: ...
+
+    def handler(self, function: F | None = None, /, *, name: str | None = None) -> F | Callable[[F], F]:
+        """Add a handler, sync or async, after those there are. Use as `@t.handler` or `@t.handler(name="…")`.
+
+        Its name is stored with unfinished messages, which resume by it: give one where the function may be renamed.
+
+        Returns:
+            The function, unchanged.
+
+        Raises:
+            TopicError: the topic has a handler of that name.
+        """
+        if function is None:
+            return lambda function: self._add(function, name)
+        return self._add(function, name)
+
+    def _add(self, function: F, name: str | None) -> F:
+        if not callable(function):
+            raise TypeError(f"topic `{self.name}`: a handler must be callable, got {function!r}")
+        handler = Handler(name or _name_of(function), function)
+        if any(handler.name == other.name for other in self.handlers):
+            raise TopicError(
+                f"topic `{self.name}` has a handler `{handler.name}` already; "
+                'give the second another name: @topic.handler(name="…")'
+            )
+        self.handlers += (handler,)
+        return function
+
+    def bind(self, outlet: Outlet) -> None:
+        """Send through this outlet from now on. The last call wins."""
+        self._outlet = outlet
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether an outlet was given; an unbound topic takes the package's default app at its first send."""
+        return self._outlet is not None
+
+    def message(
+        self,
+        data: T | Message[T],
+        *,
+        index: str | None = None,
+        max_retries: int | None = None,
+        once: Once | None = None,
+    ) -> Message[T]:
+        """Return the message that `send` would send. A Message keeps its id, so that it may be sent again.
+
+        Raises:
+            MessageError: the index or another value is out of its range.
+        """
+        if not isinstance(data, Message):
+            named = index or self.index_of(data) or ""
+            return Message(data, self.name, index=named, max_retries=max_retries, once=once)
+        if data.topic not in ("", self.name):
+            raise TopicError(f"a message of topic `{data.topic}` cannot be sent as `{self.name}`")
+        named = index or data.index
+        if named == data.id:  # nobody named it
+            named = self.index_of(data.data) or named
+        return replace(
+            data,
+            topic=self.name,
+            index=named,
+            max_retries=data.max_retries if max_retries is None else max_retries,
+            once=once or data.once,
+        )
+
+    def send(
+        self,
+        data: T | Message[T],
+        *,
+        index: str | None = None,
+        max_retries: int | None = None,
+        once: Once | None = None,
+        delay: float = 0.0,
+    ) -> Message[T]:
+        """Send one message and return it, when the broker has it.
+
+        Args:
+            data: what the handlers get, or a message (one that was sent before keeps its id).
+            index: the business name; else what the data says, else the topic's `index=`, else the id.
+            max_retries: this message's own limit.
+            once: this message's own once-rule.
+            delay: seconds until it may be handled.
+
+        Raises:
+            MessageError: data that does not fit the schema, is too large, or has no valid index. Nothing was sent.
+            QueueFullError: the queue's bound is reached. Nothing was sent.
+            SendFailedError: the broker cannot be reached. Nothing was sent.
+            SendUnknownError: the answer was lost; sending `error.message` again is safe.
+        """
+        message = self.message(data, index=index, max_retries=max_retries, once=once)
+        self._push(message, delay)
+        return message
+
+    def send_many(
+        self,
+        items: Iterable[T | Message[T]],
+        *,
+        on_verdict: Callable[[Message[T], Verdict], None] | None = None,
+    ) -> SendReport:
+        """Send every item of an iterable, which is read as it goes and may be endless.
+
+        An item that cannot be sent (its shape, its size, a full queue) does not keep the others from being sent.
+
+        Args:
+            items: data, or messages.
+            on_verdict: called with each message and what became of it.
+
+        Raises:
+            SendFailedError: the broker cannot be reached. Items read before it have had their verdicts.
+        """
+        counts = dict.fromkeys(Verdict, 0)
+
+        def note(message: Message[T], verdict: Verdict) -> None:
+            counts[verdict] += 1
+            if on_verdict:
+                on_verdict(message, verdict)
+
+        for item in items:
+            try:
+                message = self.message(item)
+            except MessageError:
+                # Its index is unusable: name it by its id, so that the callback has a message to look at.
+                data = item.data if isinstance(item, Message) else item
+                note(Message(data, self.name, index="?"), Verdict.REFUSED)
+                continue
+            try:
+                self._push(message, 0.0)
+            except (MessageError, QueueFullError):
+                note(message, Verdict.REFUSED)
+            except SendUnknownError:
+                note(message, Verdict.UNKNOWN)
+            else:
+                note(message, Verdict.SENT)
+        return SendReport(**{verdict.value: count for verdict, count in counts.items()})
+
+    def index_of(self, data: T) -> str | None:
+        """Return what the data says as an Indexer, else what the topic's `index=` says of it, else None.
+
+        Raises:
+            MessageError: what they say is no index, or they failed.
+        """
+        try:
+            named = index_of(data)
+            return check_index(self.index(data)) if named is None and self.index else named
+        except MessageError:
+            raise
+        except Exception as exc:
+            raise MessageError(f"topic `{self.name}`: finding the index failed: {type(exc).__name__}: {exc}") from exc
+
+    def encode(self, data: T) -> Any:
+        """Return the data in plain JSON values.
+
+        Raises:
+            SchemaError: it does not fit; the text says where.
+        """
+        return self._translate(self.schema.encode, data)
+
+    def decode(self, plain: Any) -> T:
+        """Return the data that plain JSON values stand for.
+
+        Raises:
+            SchemaError: they do not fit; the text says where.
+        """
+        return cast(T, self._translate(self.schema.decode, plain))
+
+    def _translate(self, function: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return function(value)
+        except Exception as exc:  # a schema is the user's: whatever it raises means "does not fit"
+            raise SchemaError(f"topic `{self.name}`: {exc}") from exc
+
+    def _push(self, message: Message[T], delay: float) -> None:
+        if self._outlet is None:
+            self._outlet = registry.default_outlet()
+        self._outlet.push(replace(message, data=self.encode(message.data)), delay=delay)
+
+
+class Registry:
+    """The topics of a process. Apps subscribe, so that topics defined later reach them too."""
+
+    def __init__(self) -> None:
+        self._topics: dict[str, tuple[Topic[Any], str]] = {}
+        self._subscribers: list[Callable[[Topic[Any]], None]] = []
+        self._lock = threading.RLock()
+        self._default: Callable[[], Outlet] | None = None
+
+    def add(self, topic: Topic[Any], module: str) -> None:
+        """Register a topic that `module` defines.
+
+        Raises:
+            TopicError: another module defined a topic of that name.
+        """
+        with self._lock:
+            _, owner = self._topics.get(topic.name, (None, module))
+            # A module that is loaded anew, as `importlib.reload` does, defines its topics anew.
+            if owner != module:
+                raise TopicError(f"topic `{topic.name}` is defined twice: in `{owner}` and in `{module}`")
+            self._topics[topic.name] = topic, module
+            for subscriber in self._subscribers:
+                subscriber(topic)
+
+    def subscribe(self, subscriber: Callable[[Topic[Any]], None]) -> None:
+        """Call `subscriber` with every topic there is and will be."""
+        with self._lock:
+            self._subscribers.append(subscriber)
+            for topic in self:
+                subscriber(topic)
+
+    def get(self, name: str) -> Topic[Any] | None:
+        """Return the topic of that name, if there is one."""
+        found = self._topics.get(name)
+        return found[0] if found else None
+
+    def __getitem__(self, name: str) -> Topic[Any]:
+        """Return the topic of that name.
+
+        Raises:
+            TopicError: no loaded module defines it.
+        """
+        found = self.get(name)
+        if found is None:
+            raise TopicError(f"no loaded module defines topic `{name}`{did_you_mean(name, self._topics)}")
+        return found
+
+    def __iter__(self) -> Iterator[Topic[Any]]:
+        return iter([topic for topic, _ in self._topics.values()])
+
+    def __len__(self) -> int:
+        return len(self._topics)
+
+    def set_default(self, outlet: Callable[[], Outlet]) -> None:
+        """Say where topics that nobody bound send: called at their first send."""
+        self._default = outlet
+
+    def default_outlet(self) -> Outlet:
+        """Return the outlet for topics that nobody bound."""
+        if self._default is None:
+            raise TopicError("the topic is not bound: call topic.bind(outlet), or import watch_tasks")
+        return self._default()
+
+
+#: Every topic made with `topic()` in this process.
+registry: Final = Registry()
+
+
+def topic(
+    name: str,
+    *,
+    schema: type[T] | Schema[T] | None = None,
+    index: Callable[[T], str] | None = None,
+    retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - a frozen value
+    timeout: float | None = None,
+    once: Once = "message",
+    queue: str | None = None,
+    keep_data: bool = True,
+    retention: float | None = WEEK,
+) -> Topic[T]:
+    """Define a topic and register it: under every Celery app it becomes the task `watch.<name>`.
+
+    Args:
+        name: permanent; stored messages refer to it. 1 to 64 of a-z, 0-9, `.`, `_`, `-`.
+        schema: the shape of the data; None: plain JSON values.
+        index: how to name data that does not name itself.
+        retry: when a failed message is tried again.
+        timeout: seconds that one delivery may take, all its handlers together; None: no limit.
+        once: "message": redeliveries of one id are recognised; a new message under an old index is handled, and its
+            record replaces the older. "index": one handling per index within the retention. "none": every delivery
+            runs, unclaimed and unfenced.
+        queue: the Celery queue; None: the app's default queue. Workers read all of them.
+        keep_data: whether the record keeps the data.
+        retention: seconds that a record is kept, at least a day; None: for ever. Default a week.
+
+    Raises:
+        TopicError: the name is no name of a topic, or another module uses it.
+        TypeError: the schema is none.
+        ValueError: a number is out of its range.
+    """
+    made: Topic[T] = Topic(
+        name,
+        schema=schema,
+        index=index,
+        retry=retry,
+        timeout=timeout,
+        once=once,
+        queue=queue,
+        keep_data=keep_data,
+        retention=retention,
+    )
+    caller = inspect.currentframe()
+    module = caller.f_back.f_globals.get("__name__", "?") if caller and caller.f_back else "?"
+    registry.add(made, module)
+    return made
+
+
+def _positive(name: str, seconds: float | None) -> float | None:
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"`{name}` must be seconds above 0, or None, got {seconds!r}")
+    return seconds
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
