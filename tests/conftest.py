@@ -1,0 +1,68 @@
+"""Fixtures that every test may use: a clean environment, and real servers that each test finds empty."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from watch_tasks.topics import registry
+
+from .servers import RedisServer, find_redis, in_ci
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests reaches them, and no topic of one test the next."""
+    for name in os.environ:
+        if name.startswith(("WATCH_", "CELERY_", "FLOWER_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WATCH_DIR", str(tmp_path / "watch"))
+    monkeypatch.setattr(registry, "_topics", {})
+    monkeypatch.setattr(registry, "_subscribers", [])
+
+
+@pytest.fixture(scope="session")
+def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("valkey")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def _redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    binary = find_redis()
+    if binary is None:
+        message = "no redis-server on this machine (Debian: apt-get install redis-server)"
+        if in_ci():
+            pytest.fail(message)
+        pytest.skip(message)
+    server = RedisServer(tmp_path_factory.mktemp("redis"), binary).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def valkey(_valkey: RedisServer) -> RedisServer:
+    """A running Valkey, empty. Do not stop it: other tests share it."""
+    with _valkey.client() as client:
+        client.flushall()
+    return _valkey
+
+
+@pytest.fixture
+def redis_server(_redis: RedisServer) -> RedisServer:
+    """A running Redis, empty; skipped where there is none, failed in CI. Do not stop it."""
+    with _redis.client() as client:
+        client.flushall()
+    return _redis
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[RedisServer]:
+    """A running Valkey of the test's own, to stop, freeze and start again."""
+    server = RedisServer(tmp_path / "valkey").start()
+    yield server
+    server.stop()
