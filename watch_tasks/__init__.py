@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# `app` is public as well, but a star import should not build it.
 __all__ = [  # noqa: RUF022 - grouped by theme
     # messages and topics
     "Indexer",
@@ -102,8 +103,6 @@ __all__ = [  # noqa: RUF022 - grouped by theme
     "Record",
     "Storage",
     "open_storage",
-    # on Celery
-    "app",
     # errors
     "ConfigurationError",
     "DeadLetterError",

@@ -1,0 +1,206 @@
+"""The worker's consumer: turns what Celery would drop, or die of, into dead letters.
+
+Every message is read here, in the main process, before it is handed on: only here are its original bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.worker.consumer import Consumer
+from kombu.exceptions import ContentDisallowed, DecodeError
+
+from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
+from ..outcome import Busy, Dead, Outcome, Reason
+from ..queue import wire
+from ..topics import registry
+from .embedded import expected_url, url_of
+from .runtime import runtime_of
+from .settings import visibility_timeout
+
+__all__ = ["WatchConsumer"]
+
+logger = logging.getLogger(__name__)
+
+#: Errors of a message that Celery's own code trips over. Some are connection errors to kombu's Redis transport, which
+#: is why they must not get past us.
+_GARBAGE: Final = (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
+
+#: Seconds until burying is tried again while the storage is away; the message stays unacked.
+_AGAIN: Final = 2.0
+
+#: Bytes that a message may have besides its data.
+_ENVELOPE: Final = 65_536
+
+
+class WatchConsumer(Consumer):
+    """Celery's consumer, with nothing dropped. Set by `worker_consumer`."""
+
+    def __init__(self, *args: Any, app: Any = None, pool: Any = None, hostname: str = "", **options: Any) -> None:
+        self.runtime = runtime_of(app)
+        self.runtime.name_worker(hostname)
+        _check(app, pool, self.runtime)
+        topics = list(registry)
+        transport = dict(app.conf.broker_transport_options or {})
+        if "visibility_timeout" in transport:
+            transport["visibility_timeout"] = max(transport["visibility_timeout"], visibility_timeout(topics))
+            app.conf.broker_transport_options = transport
+        for topic in topics:
+            if topic.queue and topic.queue not in app.amqp.queues.consume_from and not app.amqp.queues._consume_from:
+                app.amqp.queues.add(topic.queue)
+        super().__init__(*args, app=app, pool=pool, hostname=hostname, **options)
+
+    def start(self) -> None:
+        self.runtime.keeper.start()
+        super().start()
+
+    def stop(self) -> None:
+        # A child that waits for a storage learns from this that it must not wait any longer.
+        self.runtime.stop.set()
+        super().stop()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.runtime.keeper.stop()
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        handle = super().create_task_handler(*args, **options)
+
+        def receive(message: Any) -> Any:
+            try:
+                if not self._refuse(message):
+                    return handle(message)
+            except _GARBAGE as exc:
+                self._bury(message, Reason.MALFORMED, exc)
+            return None
+
+        return receive
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        self._bury(message, Reason.UNDECODABLE, exc)
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        self._bury(message, Reason.MALFORMED, "the header `task` is missing: it is no task message")
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        reason = Reason.UNDECODABLE if isinstance(exc, (ContentDisallowed, DecodeError)) else Reason.MALFORMED
+        self._bury(message, reason, exc)
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        name = message.headers.get("task")
+        task = self.app.tasks.get(name)
+        if task is not None:
+            # Defined after the worker started.
+            self.strategies[name] = task.start_strategy(self.app, self)
+            message.requeue()
+            return
+        self._wait_or_bury(message)
+
+    def _refuse(self, message: Any) -> bool:
+        """Bury a message of ours that cannot become one; say whether that was so."""
+        headers = message.headers
+        topic = wire.topic_of(headers.get("task")) if isinstance(headers, dict) else None
+        if topic is None or f"{wire.PREFIX}{topic}" not in self.app.tasks:
+            return False
+        size, limit = len(message.body), self.runtime.settings.max_payload
+        try:
+            if size > limit + _ENVELOPE:
+                raise TooLargeError(topic, size, limit)
+            body = message.payload
+            if not isinstance(body, (list, tuple)) or len(body) != 3:
+                raise MessageError(
+                    f"the body must be [args, kwargs, embed], got {type(body).__name__}"
+                    + (f" of {len(body)}" if isinstance(body, (list, tuple)) else "")
+                )
+            wire.read(headers, body[0], body[1])
+        except TooLargeError as exc:
+            self._bury(message, Reason.TOO_LARGE, exc)
+        except MessageError as exc:
+            self._bury(message, Reason.MALFORMED, exc)
+        except Exception as exc:  # noqa: BLE001 - decoders raise what they like; a message must not end the worker
+            self._bury(message, Reason.UNDECODABLE, exc)
+        else:
+            return False
+        return True
+
+    def _bury(self, message: Any, reason: Reason, error: BaseException | str) -> None:
+        """Make a dead letter and ack; while the storage is away, try again later and ack nothing."""
+        outcome = self._buried(message, reason, error)
+        if isinstance(outcome, Dead):
+            message.ack_log_error(logger, self.connection_errors)
+        else:
+            self.timer.call_after(_AGAIN, self._bury, (message, reason, error))
+
+    def _buried(self, message: Any, reason: Reason, error: BaseException | str) -> Outcome:
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        raw = message.body if isinstance(message.body, bytes) else str(message.body).encode("utf-8", "replace")
+        id = headers.get("id")
+        try:
+            return self.runtime.clerk.bury(
+                reason,
+                error,
+                id=id if isinstance(id, str) and id else wire.bytes_id(raw),
+                topic=wire.topic_of(headers.get("task")),
+                index=_index(headers),
+                raw=raw,
+                content_type=str(message.content_type),
+            )
+        except StorageError as exc:
+            logger.error("could not bury a message: %s", exc)
+            return Busy(_AGAIN)
+
+    def _wait_or_bury(self, message: Any) -> None:
+        """Put a message of an unknown topic back for a while: another worker may know it, or this one soon."""
+        headers = message.headers
+        id = headers["id"] if isinstance(headers.get("id"), str) else wire.bytes_id(message.body)
+        name = str(headers.get("task"))
+        outcome = self.runtime.clerk.unknown(
+            wire.topic_of(name) or name, id, lambda error: self._buried(message, Reason.UNKNOWN_TOPIC, error)
+        )
+        if isinstance(outcome, Dead):
+            message.ack_log_error(logger, self.connection_errors)
+        elif isinstance(outcome, Busy):
+            # Held, so that it does not come back at once; meanwhile it must not take the place of others.
+            self.qos.increment_eventually()
+            self.timer.call_after(max(outcome.until, 0.1), self._put_back, (message,))
+
+    def _put_back(self, message: Any) -> None:
+        self.qos.decrement_eventually()
+        message.requeue()
+
+
+def _check(app: Any, pool: Any, runtime: Any) -> None:
+    """End the start with every complaint there is."""
+    try:
+        settings = runtime.settings
+        complaints = [
+            f"topic `{topic.name}` has no handlers: add one with @{topic.name.replace('.', '_')}.handler"
+            for topic in registry
+            if not topic.handlers
+        ]
+        if not runtime.storage.is_shared and isinstance(pool, PreforkPool):
+            complaints.append(
+                f"storage {settings.storage_url} lives in one process, and this pool has several: use -P threads or "
+                "-P solo, or a storage such as redis://…"
+            )
+        is_embedded = settings.broker_url == expected_url(settings.watch_dir)
+        if is_embedded and url_of(settings.watch_dir) is None:
+            complaints.append(
+                f"no broker is configured, and no embedded server answers in {settings.watch_dir}: "
+                "start it with `watch-tasks up`, or set `broker_url`"
+            )
+        if complaints:
+            raise ConfigurationError(*complaints)
+    except ConfigurationError as exc:
+        sys.exit("watch_tasks cannot start:\n" + "\n".join(f"  - {complaint}" for complaint in exc.complaints))
+
+
+def _index(headers: dict[str, Any]) -> str | None:
+    """Return the index that our own header names, if it names one that can be shown."""
+    header = headers.get(wire.HEADER)
+    index = header.get("index") if isinstance(header, dict) else None
+    return index if isinstance(index, str) and 0 < len(index) <= 512 and index.isprintable() else None

@@ -1,0 +1,79 @@
+"""Sends messages through a Celery app, so that its routes, signals and instrumentation hold for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from celery import Celery
+from kombu.exceptions import KombuError
+
+from ..errors import TooLargeError
+from ..message import Message
+from ..queue import wire
+from ..queue.redis import send_error
+from ..schema import dump
+from ..topics import registry
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+__all__ = ["WORKER_HEADER", "CeleryOutlet"]
+
+#: The header by which a worker's main process tells its children its name and process id; never sent on.
+WORKER_HEADER: Final = "watch_worker"
+
+
+class CeleryOutlet:
+    """An `Outlet` that ends in `app.send_task`."""
+
+    def __init__(self, app: Celery, settings: Callable[[], Settings]) -> None:
+        self._app = app
+        self._settings = settings
+
+    def push(self, message: Message[Any], *, delay: float = 0.0) -> None:
+        """Send a message; see `Outlet`."""
+        size, limit = len(dump(message.data)), self._settings().max_payload
+        if size > limit:
+            raise TooLargeError(message.topic, size, limit)
+        topic = registry.get(message.topic)
+        options: dict[str, Any] = {"queue": topic.queue} if topic and topic.queue else {}
+        self._send(message, delay, {}, options)
+
+    def push_copy(self, message: Message[Any], delay: float, request: Any) -> None:
+        """Send a further copy of what a worker has in hand, with the options and headers it came with.
+
+        Args:
+            message: the copy.
+            delay: seconds until it is due.
+            request: the request of the Celery task that has it in hand.
+        """
+        options = {name: value for name, value in request.as_execution_options().items() if value is not None}
+        headers = dict(options.pop("headers", None) or {})
+        for name in (wire.HEADER, WORKER_HEADER, "redelivered"):
+            headers.pop(name, None)
+        for name in ("task_id", "retries", "time_limit", "soft_time_limit"):
+            options.pop(name, None)
+        info = request.delivery_info or {}
+        options |= {name: info[name] for name in ("exchange", "routing_key", "priority") if info.get(name) is not None}
+        self._send(message, delay, headers, options)
+
+    def _send(self, message: Message[Any], delay: float, headers: dict[str, Any], options: dict[str, Any]) -> None:
+        args, keywords = wire.arguments(message)
+        try:
+            self._app.send_task(
+                wire.task_name(message.topic),
+                args,
+                keywords,
+                task_id=message.id,
+                headers={**headers, **wire.headers(message)},
+                retries=message.retries,
+                countdown=delay or None,
+                add_to_parent=False,
+                ignore_result=True,
+                serializer="json",
+                **wire.reprs(message),
+                **options,
+            )
+        except (KombuError, OSError, TimeoutError) as exc:
+            raise send_error(exc, message) from exc

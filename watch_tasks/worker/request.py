@@ -1,0 +1,169 @@
+"""A topic's message as the worker's main process knows it: leases, and what Celery would lose or repeat for ever.
+
+Decided here and not in signals, whose errors Celery swallows: a lost child, a hard time limit, revoked and expired.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.worker import state
+from celery.worker.request import Request
+from kombu.transport.virtual import Channel as VirtualChannel
+from kombu.transport.virtual import QoS as VirtualQoS
+
+from ..errors import MessageError, StorageError
+from ..message import Message
+from ..outcome import Dead, Outcome, Reason
+from ..queue import wire
+from .outlet import WORKER_HEADER
+from .runtime import runtime_of
+from .task import SETTLED, Yielded
+
+__all__ = ["TopicRequest"]
+
+logger = logging.getLogger(__name__)
+
+#: How a child of the prefork pool, or what Celery's own code in it raises, ends without our say.
+_LOST = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt, MemoryError)
+
+
+class TopicRequest(Request):
+    """One delivery of a topic's message."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        # The topic's timeout holds, and our own guard keeps it: a limit of Celery's would cut claims and commits.
+        self.time_limits = (None, None)
+        self._runtime = runtime_of(self.app)
+        self._is_held = False
+        self._request_dict[WORKER_HEADER] = [self._runtime.worker, self._runtime.pid]
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        if not self._is_held and not self.acknowledged:
+            self._is_held = True
+            self._runtime.keeper.hold(self.id)
+        super().on_accepted(pid, time_accepted)
+
+    def acknowledge(self) -> None:
+        self._drop()
+        super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:
+        self._drop()
+        super().reject(requeue)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        if soft:
+            super().on_timeout(soft, timeout)
+        else:
+            logger.error("hard time limit (%s s) exceeded by message %s", timeout, self.id)
+            self._lost(TimeLimitExceeded(timeout))
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, Yielded):
+            state.task_ready(self)
+            self._yield()
+        elif isinstance(error, _LOST) and not (self._already_cancelled or self._already_revoked):
+            self._lost(error)
+        elif not isinstance(error, Exception) or _is_control(error) or getattr(error, SETTLED, False):
+            super().on_failure(exc_info, send_failed_event, return_ok)
+        elif isinstance(self.bury(Reason.MALFORMED, error), Dead):
+            # Celery failed before or after our task did its part; buried once, if it was not settled.
+            super().on_failure(exc_info, send_failed_event, return_ok)
+        else:
+            state.task_ready(self)
+            self.reject(requeue=True)
+
+    def bury(self, reason: Reason, error: BaseException | str, *, crashes: int = 0) -> Outcome:
+        """Make a dead letter of the message, unless its id is settled; the Outcome is Dead where it is kept."""
+        message = self._read()
+        return self._runtime.clerk.bury(
+            reason,
+            error,
+            id=self.id,
+            topic=wire.topic_of(self.name),
+            index=message.index if message else None,
+            copy=message.copy if message else 0,
+            data=message.data if message else None,
+            raw=None if message else bytes(self.body),
+            content_type=self.content_type,
+            max_retries=message.max_retries if message else None,
+            once=message.once if message else None,
+            retries=message.retries if message else 0,
+            crashes=crashes,
+            sent_at=message.sent_at if message else None,
+        )
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        try:
+            self._runtime.storage.release(self._runtime.worker, [self.id])
+            outcome = self.bury(Reason.EXPIRED if expired else Reason.REVOKED, f"{reason}, by Celery")
+        except StorageError as exc:
+            logger.warning("could not bury %s message %s: %s", reason, self.id, exc)
+            outcome = None
+        if isinstance(outcome, Dead):
+            super()._announce_revoked(reason, terminated, signum, expired)
+        else:
+            state.task_ready(self)
+            self._already_revoked = True
+            self.reject(requeue=True)
+
+    def _lost(self, error: BaseException) -> None:
+        """Settle a message whose process ended under it: once more, unless it took too many processes with it."""
+        if self.acknowledged:
+            return
+        state.task_ready(self)
+        settings = self._runtime.settings
+        # Being stopped costs nothing: whoever stops a whole process group ends the children as well.
+        crashed = not self._runtime.is_stopping()
+        try:
+            crashes = self._runtime.storage.release(self._runtime.worker, [self.id], crashed=crashed)[0]
+        except StorageError as exc:
+            # The lease ends by itself, and whoever takes over counts the crash.
+            logger.warning("could not release message %s of a lost process: %s", self.id, exc)
+            crashes = 0
+        text = f"its handler took the worker down {crashes} times, the last time with {type(error).__name__}: {error}"
+        if crashes >= settings.max_crashes and isinstance(self.bury(Reason.KILLED_WORKER, text, crashes=crashes), Dead):
+            self.acknowledge()
+            self.send_event("task-failed", exception=text, traceback="")
+        else:
+            logger.warning("message %s is handed over again: its process was lost (%r)", self.id, error)
+            self.reject(requeue=True)
+            self.send_event("task-retried", exception=repr(error), traceback="")
+
+    def _yield(self) -> None:
+        """Let go of a delivery that another worker took over, without a word to the broker.
+
+        The Redis transport keeps the other worker's delivery under the same tag: an ack would delete that one.
+        """
+        self._drop()
+        self.acknowledged = True
+        channel = self.message.channel
+        if isinstance(channel, VirtualChannel):
+            VirtualQoS.ack(channel.qos, self.message.delivery_tag)
+        else:
+            self.message.requeue()
+
+    def _drop(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._runtime.keeper.drop(self.id)
+
+    def _read(self) -> Message[Any] | None:
+        try:
+            return wire.read(self.request_dict, self.args, self.kwargs)
+        except MessageError:
+            return None
+
+
+def _is_control(error: BaseException) -> bool:
+    from celery.exceptions import TaskPredicate, Terminated
+
+    return isinstance(error, (TaskPredicate, Terminated))

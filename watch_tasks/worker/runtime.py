@@ -1,0 +1,144 @@
+"""What one process needs to handle topics under one app: settings, storage, pipeline, outlet, leases.
+
+Each process opens its own: connections must not cross a fork.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import threading
+from functools import cached_property
+from typing import Any, Final
+from uuid import uuid4
+
+from celery import Celery
+from celery.worker import state
+
+from ..leases import LeaseKeeper
+from ..pipeline import Pipeline
+from ..storage import Storage, open_storage
+from ..topics import registry
+from .outlet import CeleryOutlet
+from .settings import Settings, read_settings
+
+__all__ = ["Runtime", "runtime_of"]
+
+_ATTRIBUTE: Final = "_watch_runtime"
+_lock = threading.Lock()
+
+
+class _StopFlag:
+    """Raised by a worker's main process, seen by the children it forked."""
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._shared[0] = 1
+
+    def is_set(self) -> bool:
+        return self._shared[0] == 1
+
+
+class Runtime:
+    """What a process shares between its messages. Get it by `runtime_of(app)`."""
+
+    def __init__(self, app: Celery, stop: _StopFlag) -> None:
+        self.app = app
+        self.pid = os.getpid()
+        self.stop = stop
+        self.outlet = CeleryOutlet(app, self.settings_of)
+        self._pipelines: dict[str, Pipeline] = {}
+
+    def settings_of(self) -> Settings:
+        return self.settings
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Our settings.
+
+        Raises:
+            ConfigurationError: they cannot work.
+        """
+        return read_settings(self.app.conf)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The storage, opened at its first use in this process."""
+        return open_storage(self.settings.storage_url)
+
+    @cached_property
+    def worker(self) -> str:
+        """Name of this worker: unique to its process, also where containers share host names and process ids."""
+        return f"{socket.gethostname()}/{self.pid}.{uuid4().hex[:4]}"
+
+    def name_worker(self, hostname: str) -> None:
+        """Take the name of the Celery worker into ours, before anything is claimed."""
+        self.__dict__["worker"] = f"{hostname}.{uuid4().hex[:6]}"
+
+    @cached_property
+    def keeper(self) -> LeaseKeeper:
+        """Renews what this worker has in hand."""
+        settings = self.settings
+        return LeaseKeeper(self.storage, self.worker, lease=settings.lease, every=settings.renew_every)
+
+    def is_stopping(self) -> bool:
+        """Whether the worker was asked to stop."""
+        asked = (state.should_stop, state.should_terminate)
+        return self.stop.is_set() or any(value is not None and value is not False for value in asked)
+
+    def pipeline(self, worker: str, *, can_die: bool) -> Pipeline:
+        """Return the pipeline that handles messages for this worker.
+
+        Args:
+            worker: the worker's name, as its main process gave it.
+            can_die: whether this process is replaced when it ends: a child of the prefork pool.
+        """
+        found = self._pipelines.get(worker)
+        if found is None:
+            settings = self.settings
+            found = self._pipelines[worker] = Pipeline(
+                self.storage,
+                registry.get,
+                worker=worker,
+                lease=settings.lease,
+                max_crashes=settings.max_crashes,
+                unknown_grace=settings.unknown_grace,
+                stopping=self.is_stopping,
+                interrupts=_ends_child,
+                kill_after=settings.kill_after if can_die else None,
+            )
+        return found
+
+    @cached_property
+    def clerk(self) -> Pipeline:
+        """The pipeline of the main process, which handles nothing but buries; it never waits for a storage."""
+        settings = self.settings
+        return Pipeline(
+            self.storage,
+            registry.get,
+            worker=self.worker,
+            unknown_grace=settings.unknown_grace,
+            stopping=lambda: True,
+        )
+
+
+def runtime_of(app: Celery) -> Runtime:
+    """Return the runtime of an app in this process."""
+    app = getattr(app, "_get_current_object", lambda: app)()  # a proxy, such as celery.current_app
+    runtime: Runtime | None = app.__dict__.get(_ATTRIBUTE)
+    if runtime is None or runtime.pid != os.getpid():
+        with _lock:
+            runtime = app.__dict__.get(_ATTRIBUTE)
+            if runtime is None or runtime.pid != os.getpid():
+                runtime = Runtime(app, runtime.stop if runtime else _StopFlag())
+                app.__dict__[_ATTRIBUTE] = runtime
+    return runtime
+
+
+def _ends_child(error: BaseException) -> bool:
+    """Whether this is billiard ending a child of the prefork pool: seen as negative codes."""
+    code: Any = error.code if isinstance(error, SystemExit) else None
+    return isinstance(code, int) and code < 0

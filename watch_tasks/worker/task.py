@@ -1,0 +1,145 @@
+"""The Celery task of a topic: hands a message to the pipeline and translates its Outcome into Celery's verbs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, ClassVar, Final
+
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject, TaskPredicate
+from celery.exceptions import Retry as CeleryRetry
+
+from ..errors import DeadLetterError, MessageError, SendError
+from ..message import Message
+from ..outcome import Busy, Dead, Duplicate, Fenced, Handled, Outcome, Retry, Snoozed
+from ..queue import wire
+from ..topics import Topic
+from .outlet import WORKER_HEADER
+from .runtime import Runtime, runtime_of
+
+__all__ = ["SETTLED", "TopicTask", "Yielded", "register"]
+
+logger = logging.getLogger(__name__)
+
+#: Marks the error of a dead letter, so that the main process knows it is kept.
+SETTLED: Final = "_watch_settled"
+
+#: Seconds between two tries to publish a copy: the first, doubled up to the last.
+_PAUSES: Final = (0.1, 5.0)
+
+
+class Yielded(Ignore):
+    """Raised by our task when another worker took the message over: nothing is acked, nothing is published."""
+
+
+class TopicTask(Task):
+    """A topic as a Celery task. Its retry attributes mirror the topic's policy, for people and tools to read.
+
+    What is tried again, and when, is decided by the pipeline: Celery's own decision forgets the message's limit, or
+    lets it leak to the next message.
+    """
+
+    abstract = True
+    topic: ClassVar[Topic[Any]]
+
+    Request = "watch_tasks.worker.request:TopicRequest"
+    #: Its presence keeps Celery from wrapping `run` into retries of its own while `autoretry_for` stays readable.
+    _orig_run = None
+
+    serializer = "json"
+    typing = False
+    ignore_result = True
+    acks_late = True
+    acks_on_failure = True
+    acks_on_timeout = False
+    reject_on_worker_lost = True
+    retry_on_worker_lost = False
+    #: A wrong limit would cut claims and commits as well: the topic's timeout is kept around handlers only.
+    soft_time_limit = None
+    time_limit = None
+
+    def run(self, *args: Any, **keywords: Any) -> str:
+        runtime = runtime_of(self.app)
+        fields = {"id": self.request.id, "task": self.name, wire.HEADER: self.request.get(wire.HEADER)}
+        worker, main = self.request.get(WORKER_HEADER) or (runtime.worker, runtime.pid)
+        pipeline = runtime.pipeline(worker, can_die=main != runtime.pid)
+        try:
+            message = wire.read(fields, args, keywords)
+            outcome = pipeline.handle(message)
+        except MessageError as exc:
+            # The consumer reads every message before it hands it on: this one was called by hand.
+            raise DeadLetterError(f"task `{self.name}` was called with what is no message: {exc}") from exc
+        except Exception as exc:
+            logger.exception("could not decide on message %s; it is handed over again", self.request.id)
+            time.sleep(1.0)  # so that a mistake of ours does not spin
+            raise Reject(exc, requeue=True) from exc
+        return self._translate(runtime, message, outcome)
+
+    def _translate(self, runtime: Runtime, message: Message[Any], outcome: Outcome) -> str:
+        match outcome:
+            case Handled() | Duplicate():
+                return type(outcome).__name__.lower()
+            case Retry(delay, copy, error):
+                self._publish(runtime, copy, delay)
+                raise CeleryRetry(str(error)[:200], error, delay)
+            case Snoozed(delay, copy):
+                self._publish(runtime, copy, delay)
+                raise CeleryRetry("snoozed", when=delay)
+            case Busy(until):
+                self._publish(runtime, message, until)
+                raise CeleryRetry("busy", when=until)
+            case Dead(reason, error):
+                raise _visible(error or DeadLetterError(reason))
+            case Fenced():
+                raise Yielded("taken over by another worker")
+        raise TypeError(f"the pipeline answered {outcome!r}, which is no Outcome")
+
+    def _publish(self, runtime: Runtime, copy: Message[Any], delay: float) -> None:
+        """Publish until the broker has it: nothing is acked before. At a stop the message is handed over again."""
+        pause, longest = _PAUSES
+        while True:
+            try:
+                return runtime.outlet.push_copy(copy, delay, self.request)
+            except SendError as exc:
+                if runtime.is_stopping():
+                    raise Reject(exc, requeue=True) from exc
+                logger.warning("could not publish a copy of %s, trying again in %.2g s: %s", copy.id, pause, exc)
+                time.sleep(pause)
+                pause = min(pause * 2, longest)
+
+
+def register(app: Celery, topic: Topic[Any]) -> TopicTask:
+    """Make a topic a task of an app, in place of one of its name there may be."""
+    policy = topic.retry
+    made: TopicTask = type(
+        "".join(part.capitalize() for part in topic.name.replace("-", ".").replace("_", ".").split(".")) + "Task",
+        (TopicTask,),
+        {
+            "name": wire.task_name(topic.name),
+            "topic": topic,
+            "autoretry_for": policy.retry_for,
+            "dont_autoretry_for": policy.give_up_for,
+            "max_retries": policy.max_retries,
+            "retry_backoff": policy.backoff,
+            "retry_backoff_max": policy.backoff_max,
+            "retry_jitter": policy.jitter,
+            "__module__": __name__,
+            "__doc__": f"Topic `{topic.name}`.",
+        },
+    )()
+    app.tasks.pop(made.name, None)
+    app.register_task(made)
+    return made
+
+
+def _visible(error: BaseException) -> BaseException:
+    """Return what Flower shows of a dead letter: the handler's error, unless Celery would act on its kind."""
+    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TaskPredicate)):
+        error = DeadLetterError(f"{type(error).__name__}: {error}")
+    try:
+        setattr(error, SETTLED, True)
+    except AttributeError:
+        error = DeadLetterError(f"{type(error).__name__}: {error}")
+        setattr(error, SETTLED, True)
+    return error
