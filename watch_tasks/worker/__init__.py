@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from celery import Celery
 
 from ..storage import Storage
 from ..topics import Outlet, Topic, registry
 from .runtime import runtime_of
-from .settings import Settings, apply_recommended
+from .settings import Settings, recommended
 from .task import register
 
 __all__ = ["Settings", "install", "outlet_of", "settings_of", "storage_of"]
+
+_MARK: Final = "_watch_installed"
 
 
 def install(app: Celery) -> Celery:
     """Make every topic a task of this app, those defined later too, and let them send through it.
 
-    Adds our consumer, and our recommendations below whatever the app's own configuration says. Call it once, right
-    after the app was made; its other tasks are left as they are.
+    Adds our consumer, and our recommendations below whatever the app's own configuration says; its other tasks are
+    left as they are. Twice is safe.
 
     Returns:
         The app.
     """
 
+    if _MARK in app.__dict__:
+        return app
+    app.__dict__[_MARK] = True
+    # A spawned child of the pool makes the app anew, and calls these on it.
+    app.fixups = {*app.fixups, f"{__name__}:{install.__name__}"}
+
     def configure(**_: Any) -> None:
-        apply_recommended(app.conf)
+        app.conf.add_defaults(recommended(app.conf))
 
     if app.configured:
         configure()
-    else:
+    if app.on_after_configure is not None:
+        # At each load: an app may be configured anew.
         app.on_after_configure.connect(configure, weak=False)
+    else:  # a fixup is called before the app has its signals
+        app.add_defaults(lambda: recommended(app.conf))
 
     def adopt(topic: Topic[Any]) -> None:
         register(app, topic)

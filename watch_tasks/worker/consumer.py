@@ -13,6 +13,8 @@ from typing import Any, Final
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, DecodeError
+from kombu.transport.virtual import Base64
+from kombu.transport.virtual import Channel as VirtualChannel
 
 from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
 from ..outcome import Busy, Dead, Outcome, Reason
@@ -49,9 +51,10 @@ class WatchConsumer(Consumer):
         if "visibility_timeout" in transport:
             transport["visibility_timeout"] = max(transport["visibility_timeout"], visibility_timeout(topics))
             app.conf.broker_transport_options = transport
-        for topic in topics:
-            if topic.queue and topic.queue not in app.amqp.queues.consume_from and not app.amqp.queues._consume_from:
-                app.amqp.queues.add(topic.queue)
+        queues = app.amqp.queues
+        if queues._consume_from is None:  # nobody chose by -Q
+            for name in {topic.queue for topic in topics if topic.queue}:
+                queues.select_add(queues[name])
         super().__init__(*args, app=app, pool=pool, hostname=hostname, **options)
 
     def start(self) -> None:
@@ -66,6 +69,13 @@ class WatchConsumer(Consumer):
     def shutdown(self) -> None:
         super().shutdown()
         self.runtime.keeper.stop()
+
+    def connect(self) -> Any:
+        connection = super().connect()
+        channel = connection.default_channel
+        if isinstance(channel, VirtualChannel):
+            channel.codecs = {**channel.codecs, "base64": _Base64()}
+        return connection
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
         handle = super().create_task_handler(*args, **options)
@@ -96,7 +106,7 @@ class WatchConsumer(Consumer):
         if task is not None:
             # Defined after the worker started.
             self.strategies[name] = task.start_strategy(self.app, self)
-            message.requeue()
+            self._put_back(message)
             return
         self._wait_or_bury(message)
 
@@ -143,7 +153,7 @@ class WatchConsumer(Consumer):
             return self.runtime.clerk.bury(
                 reason,
                 error,
-                id=id if isinstance(id, str) and id else wire.bytes_id(raw),
+                id=id if isinstance(id, str) and id else _name(headers, raw),
                 topic=wire.topic_of(headers.get("task")),
                 index=_index(headers),
                 raw=raw,
@@ -156,7 +166,7 @@ class WatchConsumer(Consumer):
     def _wait_or_bury(self, message: Any) -> None:
         """Put a message of an unknown topic back for a while: another worker may know it, or this one soon."""
         headers = message.headers
-        id = headers["id"] if isinstance(headers.get("id"), str) else wire.bytes_id(message.body)
+        id = headers["id"] if isinstance(headers.get("id"), str) else _name(headers, message.body)
         name = str(headers.get("task"))
         outcome = self.runtime.clerk.unknown(
             wire.topic_of(name) or name, id, lambda error: self._buried(message, Reason.UNKNOWN_TOPIC, error)
@@ -166,11 +176,24 @@ class WatchConsumer(Consumer):
         elif isinstance(outcome, Busy):
             # Held, so that it does not come back at once; meanwhile it must not take the place of others.
             self.qos.increment_eventually()
-            self.timer.call_after(max(outcome.until, 0.1), self._put_back, (message,))
+            self.timer.call_after(max(outcome.until, 0.1), self._let_go, (message,))
+
+    def _let_go(self, message: Any) -> None:
+        self.qos.decrement_eventually()
+        self._put_back(message)
 
     def _put_back(self, message: Any) -> None:
-        self.qos.decrement_eventually()
-        message.requeue()
+        message.reject_log_error(logger, self.connection_errors, requeue=True)
+
+
+class _Base64(Base64):
+    """kombu's codec for bodies, which leaves what is no base64 as it is: to be read, and buried, as a message."""
+
+    def decode(self, s: Any) -> bytes:
+        try:
+            return bytes(super().decode(s))
+        except ValueError:
+            return str(s).encode("utf-8", "replace")
 
 
 def _check(app: Any, pool: Any, runtime: Any) -> None:
@@ -197,6 +220,12 @@ def _check(app: Any, pool: Any, runtime: Any) -> None:
             raise ConfigurationError(*complaints)
     except ConfigurationError as exc:
         sys.exit("watch_tasks cannot start:\n" + "\n".join(f"  - {complaint}" for complaint in exc.complaints))
+
+
+def _name(headers: dict[str, Any], raw: bytes) -> str:
+    """Return the same id for the same message without one, each time it is delivered."""
+    lasting = sorted((str(name), repr(value)) for name, value in headers.items() if name != "redelivered")
+    return wire.bytes_id(repr(lasting).encode() + raw)
 
 
 def _index(headers: dict[str, Any]) -> str | None:

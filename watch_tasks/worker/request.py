@@ -144,12 +144,12 @@ class TopicRequest(Request):
         The Redis transport keeps the other worker's delivery under the same tag: an ack would delete that one.
         """
         self._drop()
-        self.acknowledged = True
         channel = self.message.channel
         if isinstance(channel, VirtualChannel):
+            self.acknowledged = True
             VirtualQoS.ack(channel.qos, self.message.delivery_tag)
         else:
-            self.message.requeue()
+            super().reject(requeue=True)
 
     def _drop(self) -> None:
         if self._is_held:

@@ -18,7 +18,7 @@ from ..queue.redis import transport_options
 from ..topics import Topic
 from . import embedded
 
-__all__ = ["Settings", "apply_recommended", "read_settings", "visibility_timeout"]
+__all__ = ["Settings", "recommended", "read_settings", "visibility_timeout"]
 
 #: Schemes of brokers that can be the storage as well.
 _REDIS: Final = ("redis", "rediss", "redis+socket", "unix", "sentinel")
@@ -131,7 +131,7 @@ def read_settings(conf: Any, environ: Mapping[str, str] = os.environ) -> Setting
         except (TypeError, ValueError):
             complaints.append(f"setting `{name}` must be {expected}, got {value!r}")
     values["watch_dir"] = watch_dir(conf, environ)
-    values["broker_url"] = broker = conf.broker_url or ""
+    values["broker_url"] = broker = _broker_of(conf)
     if "storage_url" not in values:
         if broker.partition("://")[0] in _REDIS:
             values["storage_url"] = broker
@@ -153,23 +153,31 @@ def _names(conf: Any, environ: Mapping[str, str]) -> list[str]:
     return sorted(given)
 
 
-def apply_recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> None:
-    """Add our recommendations to Celery's configuration, below whatever the user says. Twice is safe.
+def _broker_of(conf: Any) -> str:
+    """Return the URL of the broker; of several to fall back on, the first."""
+    urls = conf.broker_url or ""
+    return str(urls if isinstance(urls, str) else urls[0]).partition(";")[0]
 
-    Where no broker is configured, it is the embedded server of the watch folder.
+
+def recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return what we recommend of Celery's settings, without what the user's configuration says.
+
+    A dict setting is whole: ours with the user's keys in it. Where no broker is configured, it is the embedded server
+    of the watch folder.
     """
     ours = dict(_RECOMMENDED)
     if not environ.get("CELERY_BROKER_URL") and not any(
         conf.value_set_for(name) for name in ("broker_url", "broker_read_url", "broker_write_url", "broker_host")
     ):
         ours["broker_url"] = embedded.expected_url(watch_dir(conf, environ))
-    broker = environ.get("CELERY_BROKER_URL") or ours.get("broker_url") or conf.broker_url or ""
-    if isinstance(broker, str) and broker.partition("://")[0] in _REDIS:
+    broker = ours.get("broker_url") or _broker_of(conf)
+    scheme = broker.partition("://")[0]
+    if scheme in _REDIS:
         ours["broker_transport_options"] = {**transport_options(), "visibility_timeout": _VISIBILITY}
-    elif isinstance(broker, str) and broker.partition("://")[0] in ("amqp", "amqps", "pyamqp"):
+    elif scheme in ("amqp", "amqps", "pyamqp"):
         # Without confirms the first messages after a restart of the broker vanish.
         ours["broker_transport_options"] = {"confirm_publish": True}
-    elif broker == "memory://" or broker == "memory":
+    elif scheme == "memory":
         ours["broker_transport_options"] = {"polling_interval": 0.01}
     added = {}
     for name, value in ours.items():
@@ -177,7 +185,7 @@ def apply_recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> Non
             added[name] = {**value, **(conf.get(name) or {} if conf.value_set_for(name) else {})}
         elif not conf.value_set_for(name):
             added[name] = value
-    conf.add_defaults(added)
+    return added
 
 
 def visibility_timeout(topics: Iterable[Topic[Any]]) -> float:

@@ -1,0 +1,131 @@
+"""Messages that are none: each ends as a dead letter with its bytes, and no worker ends of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from watch_tasks import Reason
+
+from ..workers import Site, until
+
+pytestmark = pytest.mark.worker
+
+MakeSite = Callable[..., Site]
+
+PROBE = """
+probe = topic("probe")
+
+@probe.handler
+def look(message): note("look", message)
+"""
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "malformed.jsonl"
+
+#: These never reach a consumer: kombu's transport dies of them, or inflates them, before. The transport of our own is
+#: to deal with them.
+BEFORE_US = ("envelope", "compression bomb")
+
+
+def envelope(body: bytes | None = None, properties: dict[str, Any] | None = None, **headers: Any) -> dict[str, Any]:
+    """Return a good message as kombu's Redis transport keeps it; keywords change its headers."""
+    id = str(uuid4())
+    content = json.dumps([[{"n": 1}], {}, {"callbacks": None}]).encode() if body is None else body
+    return {
+        "body": base64.b64encode(content).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"lang": "py", "task": "watch.probe", "id": id, "root_id": id, "retries": 0} | headers,
+        "properties": {
+            "correlation_id": id,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": "celery"},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": str(uuid4()),
+            **(properties or {}),
+        },
+    }
+
+
+GARBAGE = {
+    "not JSON": (envelope(b"{"), Reason.UNDECODABLE),
+    "no utf-8": (envelope(b'[["\xff\xfe"],{},{}]'), Reason.UNDECODABLE),
+    "nested too deep": (envelope(b"[" * 100_000 + b"]" * 100_000), Reason.UNDECODABLE),
+    "a body of null": (envelope(b"null"), Reason.MALFORMED),
+    "a body of two parts": (envelope(b"[[1],{}]"), Reason.MALFORMED),
+    "two arguments": (envelope(b"[[1,2],{},{}]"), Reason.MALFORMED),
+    "a strange keyword": (envelope(b'[[1],{"x":1},{}]'), Reason.MALFORMED),
+    "an index that cannot be printed": (envelope(b'[[1],{"index":"a\\nb"},{}]'), Reason.MALFORMED),
+    "an index too long": (envelope(json.dumps([[1], {"index": "x" * 513}, {}]).encode()), Reason.MALFORMED),
+    "a limit below 0": (envelope(b'[[1],{"max_retries":-1},{}]'), Reason.MALFORMED),
+    "an unknown once-rule": (envelope(b'[[1],{"once":"twice"},{}]'), Reason.MALFORMED),
+    "an eta that is none": (envelope(eta="soon"), Reason.MALFORMED),
+    "an expiry that is none": (envelope(expires={"in": 3}), Reason.MALFORMED),
+    "an id of null": (envelope(id=None), Reason.MALFORMED),
+    "our header of another shape": (envelope(watch={"copy": "x"}), Reason.MALFORMED),
+    "our header of a later version": (envelope(watch={"version": 99}), Reason.MALFORMED),
+    "no headers": ({**envelope(), "headers": {}}, Reason.MALFORMED),
+    "pickle": ({**envelope(b"cos\nsystem\n."), "content-type": "application/x-python-serialize"}, Reason.UNDECODABLE),
+    "too large": (envelope(json.dumps([["x" * 1_200_000], {}, {}]).encode()), Reason.TOO_LARGE),
+}
+
+
+def test_garbage_is_dead_with_its_bytes(make_site: MakeSite) -> None:
+    site = make_site(PROBE)
+    worker = site.worker()
+
+    with site.bare.connection().channel() as channel:
+        for item, _ in GARBAGE.values():
+            channel.client.lpush("celery", json.dumps(item))
+        channel.client.lpush("celery", json.dumps(envelope()))
+
+    site.until_dead(len(GARBAGE), 60)
+    site.until_handled(1)
+    by_raw = {letter.raw: letter for letter in site.dead()}
+    ended = {name: by_raw[base64.b64decode(item["body"])].reason for name, (item, _) in GARBAGE.items() if item["body"]}
+    # Those whose bodies are good share them, and differ in their headers only.
+    good = base64.b64decode(envelope()["body"])
+    shared = {name for name, (item, _) in GARBAGE.items() if base64.b64decode(item["body"]) == good}
+    assert {name: reason for name, reason in ended.items() if name not in shared} == {
+        name: reason for name, (_, reason) in GARBAGE.items() if name not in shared
+    }
+    assert sum(letter.raw == good for letter in site.dead()) == len(shared)
+    assert worker.is_running()
+    assert site.calls() == {"look": 1}
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared examples of garbage are not here")
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_the_shared_garbage_ends_as_it_should(make_site: MakeSite, pool: str) -> None:
+    rows = [json.loads(line) for line in SHARED.read_text().splitlines()]
+    rows = [row for row in rows if not row["name"].startswith(BEFORE_US)]
+    site = make_site(PROBE, WATCH_UNKNOWN_GRACE="1")
+    worker = site.worker(pool=pool)
+    ended: dict[str, str] = {}
+
+    with site.bare.connection().channel() as channel:
+        for row in rows:
+            dead, handled = len(site.dead()), site.handled()
+            channel.client.lpush("celery", row["item"])
+            until(
+                lambda: len(site.dead()) > dead or site.handled() > handled,  # noqa: B023
+                f"{row['name']} ends",
+                20,
+                site.report,
+            )
+            ended[row["name"]] = "dead" if len(site.dead()) > dead else "handled"
+
+    assert {name: end for name, end in ended.items() if end not in expected(rows, name)} == {}
+    assert worker.is_running()
+    assert "Restarting" not in worker.text()
+
+
+def expected(rows: list[dict[str, Any]], name: str) -> list[str]:
+    return next(row["expect"] for row in rows if row["name"] == name)
