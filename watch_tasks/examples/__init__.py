@@ -1,0 +1,1 @@
+"""Examples that run: each is a module to read first and to copy from."""
