@@ -20,7 +20,7 @@ from .errors import HandlerExitError, HandlerTimeoutError
 from .message import Message
 from .topics import Handler
 
-__all__ = ["Interrupts", "run_handler"]
+__all__ = ["Interrupts", "close_loop", "run_handler"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,8 @@ def _alarm(error: Callable[[], BaseException], seconds: float, kill_after: float
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
+        # Once more: a cut that falls on the first one must not leave a timer behind, which would end the process.
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if kill_after is not None:
             faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
@@ -126,6 +128,13 @@ class _Loops(threading.local):
 
 
 _loops = _Loops()
+
+
+def close_loop() -> None:
+    """Close the event loop that this thread's async handlers ran in; for a thread that ends. Twice is safe."""
+    runner, _loops.runner = _loops.runner, None
+    if runner:
+        runner.close()
 
 
 def _await(result: Awaitable[Any], seconds: float | None, error: Callable[[float], BaseException]) -> None:

@@ -10,11 +10,11 @@ __all__ = ["Delivery", "Queue", "Unreadable", "open_queue"]
 #: Scheme → module:function that opens such a URL.
 _SCHEMES = {
     "memory": "watch_tasks.queue.memory:open_url",
-    "redis": "watch_tasks.queue.kombu:open_url",
-    "rediss": "watch_tasks.queue.kombu:open_url",
-    "redis+socket": "watch_tasks.queue.kombu:open_url",
-    "unix": "watch_tasks.queue.kombu:open_url",
-    "sentinel": "watch_tasks.queue.kombu:open_url",
+    "redis": "watch_tasks.queue.redis:open_url",
+    "rediss": "watch_tasks.queue.redis:open_url",
+    "redis+socket": "watch_tasks.queue.redis:open_url",
+    "unix": "watch_tasks.queue.redis:open_url",
+    "sentinel": "watch_tasks.queue.redis:open_url",
 }
 
 

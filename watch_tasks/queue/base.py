@@ -66,6 +66,8 @@ class Queue(ABC):
             QueueFullError: the bound is reached and did not recede in time. Nothing was added.
             SendFailedError: the server cannot be reached. Nothing was added.
             SendUnknownError: the answer was lost; pushing the same message again is safe.
+            MessageError: it cannot be sent as it is: its data has no JSON form, or is too large.
+            TopicError: its topic is no name of one.
         """
 
     @abstractmethod
@@ -89,7 +91,10 @@ class Queue(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections; a `next` that waits returns None. Twice is safe. What waits is kept, where it can be."""
+        """Let go of connections; a `next` that waits returns None. Twice is safe.
+
+        What waits is kept where `survives_restart`, and what was delivered and not acked is delivered to others.
+        """
 
     def __enter__(self) -> Self:
         return self

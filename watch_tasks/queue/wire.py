@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import msgspec
 
-from ..errors import MessageError
+from ..errors import MessageError, TopicError
 from ..message import Message
+from ..topics import check_topic
 
-__all__ = ["HEADER", "PREFIX", "arguments", "bytes_id", "headers", "read", "reprs", "task_name", "topic_of"]
+__all__ = ["HEADER", "PREFIX", "arguments", "bytes_id", "headers", "is_id", "read", "reprs", "task_name", "topic_of"]
 
 #: What the names of our tasks begin with.
 PREFIX: Final = "watch."
@@ -25,6 +26,8 @@ HEADER: Final = "watch"
 
 _VERSION: Final = 1
 _KEYWORDS: Final = ("index", "max_retries", "once")
+#: Characters an id may have: it names keys in storages and stands in logs.
+_MAX_ID: Final = 255
 
 
 class _Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -88,11 +91,16 @@ def read(fields: dict[str, Any], args: Any, keywords: Any) -> Message[Any]:
         MessageError: they are no message; the text says what was expected and what came.
     """
     id = fields.get("id")
-    if not isinstance(id, str) or not id:
-        raise MessageError(f"the header `id` must be a text, got {id!r}")
+    if not is_id(id):
+        raise MessageError(f"the header `id` must be 1 to {_MAX_ID} printable characters, got {id!r}"[:500])
     topic = topic_of(fields.get("task"))
     if topic is None:
-        raise MessageError(f"the header `task` must be `{PREFIX}<topic>`, got {fields.get('task')!r}")
+        came = f"{fields.get('task')!r}"[:200]
+        raise MessageError(f"the header `task` must be `{PREFIX}<topic>`, got {came}: another program's task")
+    try:
+        check_topic(topic)
+    except TopicError as exc:
+        raise MessageError(f"the header `task` must be `{PREFIX}<topic>`: {exc}"[:500]) from exc
     if not isinstance(args, (list, tuple)) or len(args) != 1:
         came = f"{len(args)}" if isinstance(args, (list, tuple)) else repr(type(args).__name__)
         raise MessageError(f"expected one positional argument, the data, got {came}")
@@ -120,11 +128,21 @@ def read(fields: dict[str, Any], args: Any, keywords: Any) -> Message[Any]:
         max_retries=keywords.get("max_retries"),
         once=keywords.get("once"),
         handled=header.handled,
-        sent_at=header.sent_at or datetime.now(UTC),
+        sent_at=_aware(header.sent_at) or datetime.now(UTC),
         copy=header.copy,
     )
+
+
+def is_id(id: object) -> TypeGuard[str]:
+    """Whether it can be the id of a message."""
+    return isinstance(id, str) and 0 < len(id) <= _MAX_ID and id.isprintable()
 
 
 def bytes_id(raw: bytes) -> str:
     """Return the id of something that brought none: a hash of its bytes, so that it is buried once."""
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+def _aware(time: datetime | None) -> datetime | None:
+    """Return a time that names no zone as UTC, which is what Celery's own times mean."""
+    return time.replace(tzinfo=UTC) if time and time.tzinfo is None else time
