@@ -128,7 +128,7 @@ class Site:
         worker = Worker(process, log)
         self._workers.append(worker)
         until(lambda: not worker.is_running() or "ready." in worker.text(), "the worker is ready", 30)
-        assert worker.is_running(), worker.text()
+        assert "ready." in worker.text(), worker.text()
         return worker
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,8 @@ __all__ = ["app"]
 
 # Flower listens on every interface, and asks nobody for a login, unless it is told otherwise.
 os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")
+# Its list of tasks shows neither the index, which is in the keywords, nor what became of a message.
+os.environ.setdefault("FLOWER_TASKS_COLUMNS", "name,kwargs,state,result,retries,received,runtime,worker,uuid")
 
 
 class Loader(DefaultLoader):

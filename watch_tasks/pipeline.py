@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -291,7 +292,8 @@ class Pipeline:
             self._unknown.popitem(last=False)
         left = first + self._unknown_grace - now
         if left > 0:
-            return Busy(min(left, _UNKNOWN_PAUSE))
+            # Spread, or it would come back in step with the polling of the one worker that does not know it.
+            return Busy(min(left, _UNKNOWN_PAUSE * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
         del self._unknown[id]
         return bury(
             f"no worker knows topic `{topic}`: load the module that defines it "

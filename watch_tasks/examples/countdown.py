@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from watch_tasks import Message, RetryPolicy, Storage, topic
+from watch_tasks import Message, RetryPolicy, Storage, Topic, topic
 
 START = 100
 MAX_RETRIES = 3
@@ -31,7 +31,7 @@ CALLS = "COUNTDOWN_CALLS"
 PATIENCE = 80.0
 
 # Each message brings its own limit.
-countdown = topic("countdown", retry=RetryPolicy(max_retries=0))
+countdown: Topic[int] = topic("countdown", retry=RetryPolicy(max_retries=0))
 
 
 @countdown.handler

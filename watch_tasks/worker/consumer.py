@@ -153,7 +153,7 @@ class WatchConsumer(Consumer):
             return self.runtime.clerk.bury(
                 reason,
                 error,
-                id=id if isinstance(id, str) and id else _name(headers, raw),
+                id=id if wire.is_id(id) else _name(headers, raw),
                 topic=wire.topic_of(headers.get("task")),
                 index=_index(headers),
                 raw=raw,
@@ -166,7 +166,7 @@ class WatchConsumer(Consumer):
     def _wait_or_bury(self, message: Any) -> None:
         """Put a message of an unknown topic back for a while: another worker may know it, or this one soon."""
         headers = message.headers
-        id = headers["id"] if isinstance(headers.get("id"), str) else _name(headers, message.body)
+        id = headers["id"] if wire.is_id(headers.get("id")) else _name(headers, message.body)
         name = str(headers.get("task"))
         outcome = self.runtime.clerk.unknown(
             wire.topic_of(name) or name, id, lambda error: self._buried(message, Reason.UNKNOWN_TOPIC, error)
@@ -174,6 +174,7 @@ class WatchConsumer(Consumer):
         if isinstance(outcome, Dead):
             message.ack_log_error(logger, self.connection_errors)
         elif isinstance(outcome, Busy):
+            logger.info("nobody here knows %s, putting message %s back in %.2g s", name, id, outcome.until)
             # Held, so that it does not come back at once; meanwhile it must not take the place of others.
             self.qos.increment_eventually()
             self.timer.call_after(max(outcome.until, 0.1), self._let_go, (message,))

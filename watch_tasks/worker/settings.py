@@ -18,7 +18,7 @@ from ..queue.redis import transport_options
 from ..topics import Topic
 from . import embedded
 
-__all__ = ["Settings", "recommended", "read_settings", "visibility_timeout"]
+__all__ = ["Settings", "read_settings", "recommended", "visibility_timeout"]
 
 #: Schemes of brokers that can be the storage as well.
 _REDIS: Final = ("redis", "rediss", "redis+socket", "unix", "sentinel")
@@ -189,5 +189,5 @@ def recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> dict[str,
 
 
 def visibility_timeout(topics: Iterable[Topic[Any]]) -> float:
-    """Return the seconds after which a broker may hand out again: at least twice the longest timeout of a topic."""
-    return max([_VISIBILITY, *(2 * topic.timeout for topic in topics if topic.timeout)])
+    """Return the least seconds after which a broker may hand out again: twice the longest timeout of a topic."""
+    return max((2 * topic.timeout for topic in topics if topic.timeout), default=0.0)
