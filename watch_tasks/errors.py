@@ -27,7 +27,6 @@ What a handler raises on purpose (`Snooze`, `Discard`) is a verdict, not an erro
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -175,5 +174,7 @@ class DeadLetterError(WatchTasksError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ", did you mean `x`?" for the nearest known name, or an empty string."""
+    from difflib import get_close_matches  # only a mistake should pay for it
+
     near = get_close_matches(name, list(known), n=1)
     return f", did you mean `{near[0]}`?" if near else ""

@@ -564,7 +564,9 @@ def _log(commit: Commit, outcome: Outcome) -> None:
         case Dead(reason, error):
             # `%r`: an error's text may hold line breaks, and a log line must not be forged by it.
             text = "dead (%s): topic=%s index=%r id=%s error=%r"
-            logger.error(text, reason, commit.topic, commit.index, commit.id, error, extra=extra)
+            # A handler's own verdict is no error.
+            level = logging.INFO if reason is Reason.DISCARDED else logging.ERROR
+            logger.log(level, text, reason, commit.topic, commit.index, commit.id, error, extra=extra)
         case Retry(delay, _, error):
             text = "retry in %.3g s: topic=%s index=%r id=%s error=%r"
             logger.info(text, delay, commit.topic, commit.index, commit.id, error, extra=extra)

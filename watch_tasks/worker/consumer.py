@@ -58,6 +58,7 @@ class WatchConsumer(Consumer):
         super().__init__(*args, app=app, pool=pool, hostname=hostname, **options)
 
     def start(self) -> None:
+        self.runtime.stop.clear()
         self.runtime.keeper.start()
         super().start()
 

@@ -38,6 +38,9 @@ class _StopFlag:
     def set(self) -> None:
         self._shared[0] = 1
 
+    def clear(self) -> None:
+        self._shared[0] = 0
+
     def is_set(self) -> bool:
         return self._shared[0] == 1
 
