@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from watch_tasks.topics import registry
+from watch_tasks.registry import registry
 
 from .servers import RedisServer, find_redis, in_ci
 

@@ -45,9 +45,10 @@ from .outcome import (
     Snoozed,
 )
 from .record import Attempt, Counters, DeadLetter, Event, Record
+from .registry import registry
 from .retry import RetryPolicy
 from .schema import Schema
-from .topics import Outlet, SendReport, Topic, Verdict, registry, topic
+from .topics import Outlet, SendReport, Topic, Verdict, topic
 
 if TYPE_CHECKING:
     from celery import Celery

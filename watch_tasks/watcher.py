@@ -20,10 +20,11 @@ from .outcome import Busy, Fenced, Outcome, Retry, Snoozed
 from .pipeline import Pipeline
 from .queue import Delivery, Queue, Unreadable, open_queue
 from .queue.memory import MemoryQueue
+from .registry import Registry, registry
 from .retry import RetryPolicy
 from .storage import Storage, open_storage
 from .storage.memory import MemoryStorage
-from .topics import Registry, Topic, check_topic, registry
+from .topics import Topic, check_topic
 
 __all__ = ["TopicHandler", "Topics", "Watcher"]
 

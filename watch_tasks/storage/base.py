@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import ClassVar, Final, Self, TypeVar
 
 import msgspec
@@ -26,7 +27,7 @@ __all__ = ["Storage", "Stored", "encode"]
 
 S = TypeVar("S", Record, DeadLetter)
 
-#: Records and letters that `range` and `dead` read in one step.
+#: Records and letters that `range`, `dead` and `clear` take in one step.
 PAGE: Final = 200
 
 _NOTHING: Final = b"{}"
@@ -84,15 +85,16 @@ class Storage(ABC):
         Returns:
             Whether there was a record.
         """
-        return self._remove(check_topic(topic), check_index(index), _by(by))
+        return self._remove(check_topic(topic), [check_index(index)], _by(by)) > 0
 
     def clear(self, topic: str | None = None) -> int:
         """Remove every record, of one topic or of all, and return how many there were."""
-        return sum(
-            self.remove(record.topic, record.index)
-            for name in self._names(topic)
-            for record in map(_record, self._scan(name, None, False))
-        )
+        removed = 0
+        for name in self._names(topic):
+            indexes = (_record(stored).index for stored in self._scan(name, None, False))
+            while page := list(islice(indexes, PAGE)):
+                removed += self._remove(name, page, _NOTHING)
+        return removed
 
     def len(self, topic: str | None = None) -> int:
         """Return how many records there are, of one topic or of all."""
@@ -227,7 +229,7 @@ class Storage(ABC):
     def _put(self, record: Record, at: float, blob: bytes, retention: float | None) -> None: ...
 
     @abstractmethod
-    def _remove(self, topic: str, index: str, note: bytes) -> bool: ...
+    def _remove(self, topic: str, indexes: Sequence[str], note: bytes) -> int: ...
 
     @abstractmethod
     def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[Stored]: ...

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from ..errors import StorageClosedError
 from ..record import Counters, Record
+from ..topics import WEEK
 from .base import Storage, Stored
 from .protocol import STORY_LENGTH, Claim, Commit, Granted, Refusal, Refused, Step
 
@@ -37,6 +38,8 @@ class _State:
     key: _Key | None
     copy: int
     status: _Status
+    #: The newest copy that a delivery brought; `copy` may be one that was never published.
+    carried: int = 0
     token: int = 0
     first_token: int = 0
     worker: str = ""
@@ -128,18 +131,19 @@ class MemoryStorage(Storage):
             if record:
                 why = Refusal.DUPLICATE if record.digest == claim.digest else Refusal.CONFLICT
                 return self._refuse(claim, why, now, forget=why is Refusal.DUPLICATE)
-            holder = self._states.get(self._holders.get(key, claim.id))
-            if holder and holder is not state and holder.status is _Status.RUNNING and now < holder.until:
-                return self._refuse(claim, Refusal.BUSY, now, holder.until - now)
+            rival = self._rival(key, claim.id, now)
+            if rival:
+                return self._refuse(claim, Refusal.BUSY, now, rival.until - now)
             self._holders[key] = claim.id
         if state is None:
             state = self._states[claim.id] = _State(key, copy, _Status.WAITING)
-        elif state.status is _Status.REPLAYING:
+        elif state.status in (_Status.REPLAYING, _Status.DEAD):
             self._dead_letters.pop(claim.id, None)
         elif state.status is _Status.RUNNING and state.copy == copy and state.started:
             state.crashes += 1
         token = self._next_token(now)
         state.key, state.copy, state.status, state.token = key, copy, _Status.RUNNING, token
+        state.carried = max(state.carried, claim.copy)
         state.first_token = state.first_token or token
         state.worker, state.until, state.started = claim.worker, now + claim.lease, claim.started
         state.exclusive = claim.once == "index"
@@ -150,6 +154,8 @@ class MemoryStorage(Storage):
         """Compare a delivery's copy with the newest known one; None: it may be claimed."""
         older, same = claim.copy < state.copy, claim.copy == state.copy
         match state.status:
+            case _Status.RUNNING | _Status.WAITING if claim.copy < state.carried:
+                return Refused(Refusal.STALE)
             case _Status.DEAD if older or same:
                 return self._refuse(claim, Refusal.DUPLICATE, now)
             case _Status.REPLAYING if older:
@@ -157,11 +163,16 @@ class MemoryStorage(Storage):
             case _Status.WAITING if older and now < state.until + claim.lease:
                 # Its retry may still be published; afterwards this delivery stands in for it.
                 return self._refuse(claim, Refusal.BUSY, now, state.until + claim.lease - now)
-            case _Status.RUNNING if older:
-                return Refused(Refusal.STALE)
-            case _Status.RUNNING if same and now < state.until:
+            case _Status.RUNNING if now < state.until:
+                # An older copy too: it may be the one that stands in, handed over once more.
                 return self._refuse(claim, Refusal.BUSY, now, state.until - now)
         return None
+
+    def _rival(self, key: _Key, id: str, now: float) -> _State | None:
+        """Return the other message that runs under this index, if there is one."""
+        holder = self._holders.get(key, id)
+        state = self._states.get(holder) if holder != id else None
+        return state if state and state.status is _Status.RUNNING and now < state.until else None
 
     def _refuse(self, claim: Claim, why: Refusal, now: float, seconds: float = 0.0, *, forget: bool = False) -> Refused:
         if forget:
@@ -214,7 +225,7 @@ class MemoryStorage(Storage):
         if commit.token is None:
             if commit.step is Step.DEAD and self._is_settled(key, commit.id):
                 return True
-        elif not state or state.token != commit.token or not self._is_held(commit.id, state):
+        elif not self._may_settle(commit, state):
             if self._is_repeated(commit, state, key):
                 return True
             self._notes(key, (("fenced", commit.notes[-1][1] if commit.notes else b"{}"),), commit.retention, now)
@@ -229,12 +240,15 @@ class MemoryStorage(Storage):
                 self._give_up(commit.id, state)
             case Step.DEAD:
                 self._bury(commit, state, now)
-            case Step.MARK if state:
+            case Step.MARK if state and commit.token is not None:
                 state.progress = commit.blob
         if commit.step is Step.RETRY:
             self._counts[commit.topic]["retries"] += 1
         self._notes(key, commit.notes, commit.retention, now)
         return True
+
+    def _may_settle(self, commit: Commit, state: _State | None) -> bool:
+        return state is not None and state.token == commit.token and self._is_held(commit.id, state)
 
     def _is_held(self, id: str, state: _State) -> bool:
         """Whether nobody took it over. An expired lease that nobody took over still counts."""
@@ -271,7 +285,7 @@ class MemoryStorage(Storage):
         first = state.first_token if state and state.first_token else token
         expires = now + commit.retention if commit.retention is not None else _NEVER
         old = self._records.get(key)
-        if old and old.id != commit.id and old.first_token > first:
+        if old and old.id != commit.id and self._is_newer(old, first):
             # A newer message of this index was handled while this one ran: it keeps the record.
             self._mark(commit.id, token, expires)
         else:
@@ -281,7 +295,11 @@ class MemoryStorage(Storage):
             self._give_up(commit.id, state)
             del self._states[commit.id]
 
+    def _is_newer(self, record: _Entry, first_token: int) -> bool:
+        return record.first_token > first_token
+
     def _bury(self, commit: Commit, state: _State | None, now: float) -> None:
+        self._dead_letters.pop(commit.id, None)  # so that they stay in the order of their times
         self._dead_letters[commit.id] = (now, commit.topic, commit.blob)
         self._counts[commit.topic]  # so that the topic is listed
         if commit.token is None and state and state.status is _Status.RUNNING and now < state.until:
@@ -314,14 +332,17 @@ class MemoryStorage(Storage):
             self._counts[record.topic]
             self._now()
 
-    def _remove(self, topic: str, index: str, note: bytes) -> bool:
+    def _remove(self, topic: str, indexes: Sequence[str], note: bytes) -> int:
         with self._lock:
             now = self._now()
-            entry = self._drop((topic, index))
-            if entry:
-                self._mark(entry.id, entry.token, entry.expires)
-                self._note((topic, index), now, "removed", note, entry.expires - now, now)
-            return entry is not None
+            removed = 0
+            for index in indexes:
+                entry = self._drop((topic, index))
+                if entry:
+                    removed += 1
+                    self._mark(entry.id, entry.token, entry.expires)
+                    self._note((topic, index), now, "removed", note, entry.expires - now, now)
+            return removed
 
     def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[Stored]:
         with self._lock:
@@ -381,7 +402,7 @@ class MemoryStorage(Storage):
             now = self._now()
             found = self._dead_letters.pop(id, None) is not None
             if found and index is not None:
-                self._note((topic, index), now, "removed", note, None, now)
+                self._note((topic, index), now, "removed", note, WEEK, now)
             return found
 
     # -- what happened

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from celery import Celery
 
+from ..registry import registry
 from ..storage import Storage
-from ..topics import Outlet, Topic, registry
+from ..topics import Outlet, Topic
 from .runtime import runtime_of
 from .settings import Settings, recommended
 from .task import register

@@ -19,7 +19,7 @@ from kombu.transport.virtual import Channel as VirtualChannel
 from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
 from ..outcome import Busy, Dead, Outcome, Reason
 from ..queue import wire
-from ..topics import registry
+from ..registry import registry
 from .embedded import expected_url, url_of
 from .runtime import runtime_of
 from .settings import visibility_timeout

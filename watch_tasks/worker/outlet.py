@@ -12,8 +12,8 @@ from ..errors import TooLargeError
 from ..message import Message
 from ..queue import wire
 from ..queue.redis import send_error
+from ..registry import registry
 from ..schema import dump
-from ..topics import registry
 
 if TYPE_CHECKING:
     from .settings import Settings

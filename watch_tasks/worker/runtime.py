@@ -18,8 +18,8 @@ from celery.worker import state
 
 from ..leases import LeaseKeeper
 from ..pipeline import Pipeline
+from ..registry import registry
 from ..storage import Storage, open_storage
-from ..topics import registry
 from .outlet import CeleryOutlet
 from .settings import Settings, read_settings
 

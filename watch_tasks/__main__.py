@@ -1,0 +1,5 @@
+"""`python -m watch_tasks`: the command line."""
+
+from .cli import main
+
+main()

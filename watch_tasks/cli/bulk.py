@@ -1,0 +1,225 @@
+"""Sending the lines of a file, in constant memory and in their order, with a verdict for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import IO, TYPE_CHECKING, Any
+
+from ..errors import MessageError, TooLargeError, TopicError
+from ..message import Message, Once
+from ..schema import dump
+from ..topics import Topic, Verdict, check_topic
+from .output import emit, note, to_json
+
+if TYPE_CHECKING:
+    from .program import Program
+
+__all__ = ["Counts", "Route", "parse", "send_lines"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a line becomes a message: which of its fields is what, and what holds for all."""
+
+    #: The topic of every line, or None where `topic_field` names it.
+    topic: str | None
+    topic_field: str | None
+    index_field: str | None
+    #: None: the whole line is the data.
+    data_field: str | None
+    once: Once | None
+    max_retries: int | None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the lines so far."""
+
+    sent: int = 0
+    refused: int = 0
+    unknown: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def note(self, verdict: Verdict) -> None:
+        """Count one line."""
+        setattr(self, verdict.value, getattr(self, verdict.value) + 1)
+
+
+def parse(text: str | bytes) -> Any:
+    """Return the value of one JSON text.
+
+    Raises:
+        ValueError: it is none; the text says where.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"got bytes that are not UTF-8, at {exc.start}") from exc
+    except RecursionError as exc:
+        raise ValueError("got values nested too deep") from exc
+    except json.JSONDecodeError as exc:
+        raise ValueError(f"got {exc.doc[:80]!r}: {exc.msg} at character {exc.pos + 1}") from exc
+
+
+def send_lines(program: Program, source: IO[bytes], route: Route, *, dry_run: bool) -> Counts:
+    """Send every line of `source`; print bad lines to stderr and the counts to stdout, however it ends.
+
+    Args:
+        program: what to send through.
+        source: JSON lines. Empty ones are passed over.
+        route: how they become messages.
+        dry_run: check them only; `sent` counts those that would be.
+
+    Raises:
+        SendFailedError: the broker went away; the lines before were sent.
+    """
+    counts = Counts()
+    if route.topic:
+        program.topic(route.topic)  # what is wrong with its module is said before the first line is read
+    try:
+        with _progress(source, counts) as (lines, complain):
+            reader = _Reader(program, route, counts, complain, binds=not dry_run)
+            # Runs of one topic, lazily: the order holds over topics, and a pipe is sent as it comes.
+            for topic, run in groupby(reader.messages(lines), key=reader.topic_of):
+                if dry_run:
+                    for message in run:
+                        reader.settle(message, Verdict.SENT)
+                else:
+                    topic.send_many(run, on_verdict=reader.settle)
+    finally:
+        emit(
+            {
+                "sent": counts.sent,
+                "refused": counts.refused,
+                "unknown": counts.unknown,
+                "seconds": round(time.monotonic() - counts.started, 3),
+            }
+        )
+    if dry_run:
+        note("dry run: nothing was sent")
+    return counts
+
+
+class _Reader:
+    """Turns lines into messages, and remembers which line a message was until its verdict."""
+
+    def __init__(
+        self, program: Program, route: Route, counts: Counts, complain: Callable[[int, str], None], *, binds: bool
+    ) -> None:
+        self._program = program
+        self._route = route
+        self._counts = counts
+        self._complain = complain
+        self._binds = binds
+        self._topics: dict[str, Topic[Any]] = {}
+        self._lines: dict[str, int] = {}
+
+    def messages(self, lines: Iterator[bytes]) -> Iterator[Message[Any]]:
+        """Yield a message for each good line."""
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                message = self._message(line)
+            except (ValueError, TopicError) as exc:  # MessageError is a ValueError
+                self._refuse(number, str(exc))
+                continue
+            self._lines[message.id] = number
+            yield message
+
+    def topic_of(self, message: Message[Any]) -> Topic[Any]:
+        return self._topics[message.topic]
+
+    def settle(self, message: Message[Any], verdict: Verdict) -> None:
+        """Take note of what became of a message."""
+        number = self._lines.pop(message.id, 0)
+        if verdict is Verdict.REFUSED:
+            self._refuse(number, "refused: too large (`watch_max_payload`), or the queue is full")
+            return
+        self._counts.note(verdict)
+        if verdict is Verdict.UNKNOWN:
+            self._complain(number, "the broker's answer was lost: it was sent, or it was not")
+
+    def _refuse(self, number: int, error: str) -> None:
+        self._counts.note(Verdict.REFUSED)
+        self._complain(number, error)
+
+    def _message(self, line: bytes) -> Message[Any]:
+        route = self._route
+        try:
+            value = parse(line)
+        except ValueError as exc:
+            raise ValueError(f"expected JSON, {exc}") from exc
+        name = check_topic(route.topic if route.topic_field is None else _field(value, route.topic_field))
+        topic = self._topics.get(name)
+        if topic is None:
+            topic = self._topics[name] = self._program.topic(name)
+            if self._binds:
+                self._program.bind(topic)
+        index = None if route.index_field is None else _index(_field(value, route.index_field), route.index_field)
+        data = value if route.data_field is None else _field(value, route.data_field)
+        message = topic.message(topic.decode(data), index=index, once=route.once, max_retries=route.max_retries)
+        size, limit = len(dump(topic.encode(message.data))), self._program.settings.max_payload
+        if size > limit:
+            raise TooLargeError(name, size, limit)
+        return message
+
+
+def _field(value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise MessageError(f"expected an object with the field `{name}`, got {value!r:.80}")
+    if name not in value:
+        raise MessageError(f"expected the field `{name}`, got {', '.join(map(repr, value))}"[:300])
+    return value[name]
+
+
+def _index(value: Any, name: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise MessageError(f"the field `{name}`, the index, must be a text or a whole number, got {value!r:.80}")
+    return value
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"got {constant}, which JSON has not")
+
+
+@contextmanager
+def _progress(source: IO[bytes], counts: Counts) -> Iterator[tuple[Iterator[bytes], Callable[[int, str], None]]]:
+    """Give the lines, and what tells a bad one; at a terminal with a bar that moves along."""
+    if not sys.stderr.isatty():
+        yield iter(source), lambda number, error: note(to_json({"line": number, "error": error}))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.fields[sent]:,} sent, {task.fields[refused]:,} refused"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=_size(source), sent=0, refused=0)
+
+        def lines() -> Iterator[bytes]:
+            for line in source:
+                yield line
+                bar.update(task, advance=len(line), sent=counts.sent, refused=counts.refused)
+
+        def complain(number: int, error: str) -> None:
+            console.print(to_json({"line": number, "error": error}), markup=False, highlight=False, soft_wrap=True)
+
+        yield lines(), complain
+
+
+def _size(source: IO[bytes]) -> int | None:
+    """Bytes of a file; None for a pipe, which has no end to measure by."""
+    try:
+        return os.fstat(source.fileno()).st_size or None
+    except (OSError, ValueError):
+        return None

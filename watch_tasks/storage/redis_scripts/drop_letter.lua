@@ -1,0 +1,11 @@
+-- Throw one dead letter away. Its id stays dead for a week, so that redeliveries of it are still duplicates.
+
+local request = named({'id', 'topic', 'index'}, REQUEST)
+if not drop_letter(request.id) then return 0 end
+if redis.call('HGET', of_id('s', request.id), 'status') == 'dead' then
+  redis.call('PEXPIRE', of_id('s', request.id), WEEK * 1000)
+end
+if request.index then
+  tell(request.topic, request.index, WEEK, {event(NOW, 'removed', take(), expiry(WEEK, NOW))})
+end
+return 1

@@ -1,0 +1,88 @@
+"""The storage suite: how long a claim holds, who may end it, and what a crash counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..storage.base import Storage
+from ..storage.protocol import Refusal, Step
+from .clock import ManualClock
+from .storage_values import LEASE, ask, grant, handle, refusal, settle, wait
+
+__all__ = ["LeasePromises"]
+
+
+class LeasePromises:
+    """Protocol §4 (leases) and §5 (crashes)."""
+
+    def test_a_renewed_lease_lasts_from_then_on(self, storage: Storage, clock: ManualClock) -> None:
+        grant(storage, ask())
+        clock.advance(LEASE - 1)
+
+        assert storage.renew("w1", ["m1"], LEASE) == {"m1"}
+
+        clock.advance(LEASE - 1)
+        assert wait(storage, ask()) == pytest.approx(1)
+
+    def test_a_lease_that_ran_out_is_renewed_where_nobody_took_over(self, storage: Storage, clock: ManualClock) -> None:
+        grant(storage, ask())
+        clock.advance(5 * LEASE)
+
+        assert storage.renew("w1", ["m1"], LEASE) == {"m1"}
+        assert refusal(storage, ask(worker="w2")) is Refusal.BUSY
+
+    def test_only_what_a_worker_holds_is_renewed(self, storage: Storage, clock: ManualClock) -> None:
+        for id in ("mine", "lost", "theirs"):
+            grant(storage, ask(id, index=id, worker="w2" if id == "theirs" else "w1"))
+        handle(storage, "done", index="done")
+        clock.advance(LEASE)
+        storage.renew("w1", ["mine"], LEASE)
+        grant(storage, ask("lost", index="lost", worker="w2"))
+
+        assert storage.renew("w1", ["mine", "lost", "theirs", "done", "never"], LEASE) == {"mine"}
+
+    def test_what_is_released_may_be_claimed_at_once(self, storage: Storage) -> None:
+        grant(storage, ask())
+
+        assert storage.release("w1", ["m1"]) == [0]
+        assert grant(storage, ask(worker="w2")).crashes == 0
+
+    def test_a_released_claim_no_longer_commits(self, storage: Storage) -> None:
+        claim = ask()
+        granted = grant(storage, claim)
+        storage.release("w1", ["m1"])
+
+        assert not storage.commit(settle(Step.HANDLED, claim, granted))
+
+    def test_a_released_index_is_free(self, storage: Storage) -> None:
+        grant(storage, ask("m1", once="index"))
+        storage.release("w1", ["m1"])
+
+        assert grant(storage, ask("m2", once="index"))
+
+    def test_only_a_started_handler_of_that_worker_counts_as_crashed(self, storage: Storage) -> None:
+        grant(storage, ask("started", index="a"))
+        grant(storage, ask("fetched", index="b", started=False))
+        grant(storage, ask("theirs", index="c", worker="w2"))
+
+        counts = storage.release("w1", ["started", "fetched", "theirs", "never"], crashed=False)
+        again = grant(storage, ask("started", index="a"))
+        crashed = storage.release("w1", ["started", "fetched", "theirs"], crashed=True)
+
+        assert counts == [0, 0, 0, 0]
+        assert again.crashes == 0
+        assert crashed == [1, 0, 0]
+        assert refusal(storage, ask("theirs", index="c")) is Refusal.BUSY
+
+    def test_crashes_add_up(self, storage: Storage, clock: ManualClock) -> None:
+        grant(storage, ask())
+        storage.release("w1", ["m1"], crashed=True)
+        grant(storage, ask())
+        clock.advance(LEASE)
+
+        assert grant(storage, ask()).crashes == 2
+
+    def test_the_crash_of_an_unclaimed_message_is_remembered(self, storage: Storage) -> None:
+        assert storage.release("w1", ["m1"], crashed=True) == [1]
+
+        assert grant(storage, ask()).crashes == 1
