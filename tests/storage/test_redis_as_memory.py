@@ -1,0 +1,110 @@
+"""The scripts say the same as `MemoryStorage`, whatever is asked in whatever order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.servers import RedisServer
+from watch_tasks.storage.base import Storage
+from watch_tasks.storage.memory import MemoryStorage
+from watch_tasks.storage.protocol import Granted, Step
+from watch_tasks.storage.redis import RedisStorage
+from watch_tasks.testing import ManualClock
+from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, record, settle, unclaimed
+from watch_tasks.topics import WEEK
+
+pytestmark = pytest.mark.integration
+
+_IDS = st.sampled_from(["m1", "m2", "m3"])
+_INDEXES = st.sampled_from(["a", "b"])
+_WORKERS = st.sampled_from(["w1", "w2"])
+_CLAIMS = st.builds(
+    ask,
+    _IDS,
+    index=st.sampled_from(["a", "a", "b"]),
+    copy=st.integers(0, 3),
+    once=st.sampled_from(["message", "index"]),
+    worker=_WORKERS,
+    digest=st.sampled_from(["d1", "d1", "d2"]),
+    started=st.booleans(),
+)
+#: A verb and what it is asked.
+_STEPS = st.one_of(
+    st.tuples(st.just("claim"), st.lists(_CLAIMS, min_size=1, max_size=3)),
+    st.tuples(st.just("settle"), st.tuples(st.sampled_from(Step), st.integers(0, 20), st.sampled_from([0.0, 5.0]))),
+    st.tuples(st.just("unclaimed"), st.tuples(st.sampled_from(Step), _IDS, _INDEXES)),
+    st.tuples(st.just("advance"), st.sampled_from([0.5, 4.0, LEASE, LEASE + 5, WEEK / 2, WEEK])),
+    st.tuples(st.just("renew"), _WORKERS),
+    st.tuples(st.just("release"), st.tuples(_WORKERS, _IDS, st.booleans())),
+    st.tuples(st.just("put"), st.tuples(_IDS, _INDEXES)),
+    st.tuples(st.just("remove"), _INDEXES),
+    st.tuples(st.just("dead_remove"), _IDS),
+)
+
+
+@pytest.fixture(scope="module")
+def server(_valkey: RedisServer) -> RedisServer:
+    return _valkey
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=st.lists(_STEPS, max_size=30))
+def test_both_storages_answer_alike(server: RedisServer, steps: list[tuple[str, Any]]) -> None:
+    clock = ManualClock()
+    with server.client() as client:
+        client.flushall()
+    with MemoryStorage(clock=clock) as memory, RedisStorage(server.client(), clock=clock) as redis:
+        granted: list[Any] = []
+        for verb, what in steps:
+            expected, answered = (_ask(storage, clock, verb, what, granted) for storage in (memory, redis))
+            assert answered == expected, f"{verb} {what}"
+            if verb == "claim":
+                granted += [pair for pair in zip(what, expected, strict=True) if isinstance(pair[1], Granted)]
+            if verb == "advance":
+                clock.advance(what)
+
+        assert _everything(redis) == _everything(memory)
+
+
+def _ask(storage: Storage, clock: ManualClock, verb: str, what: Any, granted: list[Any]) -> Any:
+    match verb:
+        case "claim":
+            return storage.claim_many(what)
+        case "settle" if granted:
+            step, which, delay = what
+            commit = settle(step, *granted[which % len(granted)], blob=b"" if step in _WHOLE else b"p", delay=delay)
+            return storage.commit_many([commit, commit])
+        case "unclaimed":
+            return storage.commit(unclaimed(*what))
+        case "renew":
+            return storage.renew(what, ["m1", "m2", "m3"], LEASE)
+        case "release":
+            worker, id, crashed = what
+            return storage.release(worker, [id], crashed=crashed)
+        case "put":
+            id, index = what
+            return storage.put(record(index, id=id, at=clock()))
+        case "remove":
+            return storage.remove(TOPIC, what)
+        case "dead_remove":
+            return storage.dead_remove(what)
+    return None
+
+
+#: Steps whose bytes are a record or a letter.
+_WHOLE = (Step.HANDLED, Step.DEAD)
+
+
+def _everything(storage: Storage) -> dict[str, Any]:
+    return {
+        "records": sorted(map(repr, storage.range())),
+        "len": storage.len(),
+        "dead": sorted(map(repr, storage.dead())),
+        "counters": storage.counters(TOPIC),
+        "topics": storage.topics(),
+        "stories": {index: list(storage.explain(TOPIC, index)) for index in ("a", "b")},
+    }
