@@ -6,7 +6,9 @@ Knows neither Celery nor any queue. The Watcher and the Celery worker drive it; 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import os
 import random
 import time
 from collections import OrderedDict
@@ -145,6 +147,7 @@ class Pipeline:
         self._pause = pause
         self._interrupts = interrupts
         self._kill_after = kill_after
+        self._nonces = itertools.count()
         self._unknown: OrderedDict[str, float] = OrderedDict()
 
     # -- the path
@@ -165,7 +168,8 @@ class Pipeline:
         found: list[Work | Outcome] = [self._read(message) for message in messages]
         asked = [work for work in found if isinstance(work, Work) and _once(work) != "none"]
         try:
-            answers = self._patiently(lambda: self.storage.claim_many([self._claim(work) for work in asked]))
+            claims = [self._claim(work) for work in asked]
+            answers = self._patiently(lambda: self.storage.claim_many(claims))
         except StorageUnavailableError:
             # Asked to stop: nothing is handled without a claim, so the same copies go back.
             return [Busy(0.0) if isinstance(work, Work) else work for work in found]
@@ -345,6 +349,7 @@ class Pipeline:
             digest=work.digest,
             retention=work.topic.retention,
             sent_at=message.sent_at.timestamp(),
+            nonce=f"{os.getpid()}.{next(self._nonces)}",
             note=_note(work, retries=message.retries, worker=self.worker),
         )
 

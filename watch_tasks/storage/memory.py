@@ -43,6 +43,8 @@ class _State:
     token: int = 0
     first_token: int = 0
     worker: str = ""
+    #: Of the claim that was granted.
+    nonce: str = ""
     #: RUNNING: end of the lease. WAITING: when the copy is due.
     until: float = 0.0
     started: bool = False
@@ -123,6 +125,9 @@ class MemoryStorage(Storage):
             self._note(key, claim.sent_at, "sent", claim.note, claim.retention, now)
         copy = claim.copy
         if state:
+            if self._is_asked_again(claim, state):
+                state.until = now + claim.lease
+                return Granted(state.token, state.copy, state.progress, state.crashes, now)
             refused = self._check_copy(claim, state, now)
             if refused:
                 return refused
@@ -146,9 +151,14 @@ class MemoryStorage(Storage):
         state.carried = max(state.carried, claim.copy)
         state.first_token = state.first_token or token
         state.worker, state.until, state.started = claim.worker, now + claim.lease, claim.started
-        state.exclusive = claim.once == "index"
+        state.nonce, state.exclusive = claim.nonce, claim.once == "index"
         self._note(key, now, "attempt", claim.note, claim.retention, now)
         return Granted(token, copy, state.progress, state.crashes, now)
+
+    def _is_asked_again(self, claim: Claim, state: _State) -> bool:
+        """Whether this very claim was granted, and its answer lost: refused now, it would count as a crash later."""
+        same = bool(claim.nonce) and (claim.worker, claim.nonce) == (state.worker, state.nonce)
+        return same and self._is_held(claim.id, state)
 
     def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
         """Compare a delivery's copy with the newest known one; None: it may be claimed."""

@@ -38,6 +38,9 @@ class Claim:
     retention: float | None
     #: Seconds since the epoch, by the sender's clock.
     sent_at: float
+    #: Names this asking, unique to its worker: asked again under it, because the answer was lost, it is granted again.
+    #: Empty: it never is.
+    nonce: str = ""
     #: Whether handlers start at once, so that a crash under this claim counts against the message.
     started: bool = True
     #: JSON object with what an event of this delivery tells beyond its kind and time.

@@ -146,6 +146,7 @@ class RedisStorage(Storage):
                     claim.retention,
                     claim.sent_at,
                     claim.started,
+                    claim.nonce,
                 )
                 for claim in part
             ]

@@ -86,3 +86,24 @@ class LeasePromises:
         assert storage.release("w1", ["m1"], crashed=True) == [1]
 
         assert grant(storage, ask()).crashes == 1
+
+    def test_a_claim_whose_answer_was_lost_is_granted_again(self, storage: Storage, clock: ManualClock) -> None:
+        granted = grant(storage, ask(once="index", nonce="n1"))
+        clock.advance(LEASE + 1)
+
+        again = grant(storage, ask(once="index", nonce="n1"))
+
+        assert (again.token, again.copy, again.crashes) == (granted.token, granted.copy, 0)
+        assert wait(storage, ask(worker="w2", nonce="n1")) == pytest.approx(LEASE)
+
+    def test_another_asking_of_the_same_worker_is_not_granted(self, storage: Storage) -> None:
+        grant(storage, ask(nonce="n1"))
+
+        assert refusal(storage, ask(nonce="n2")) is Refusal.BUSY
+
+    def test_a_claim_that_was_taken_over_is_not_granted_again(self, storage: Storage, clock: ManualClock) -> None:
+        grant(storage, ask(nonce="n1"))
+        clock.advance(LEASE)
+        grant(storage, ask(worker="w2", nonce="n1"))
+
+        assert refusal(storage, ask(nonce="n1")) is Refusal.BUSY

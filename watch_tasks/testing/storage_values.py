@@ -42,6 +42,7 @@ def ask(
     copy: int = 0,
     once: Once = "message",
     worker: str = "w1",
+    nonce: str = "",
     digest: str = "d1",
     started: bool = True,
     topic: str = TOPIC,
@@ -59,6 +60,7 @@ def ask(
         digest=digest,
         retention=retention,
         sent_at=1_799_999_990.0,
+        nonce=nonce,
         started=started,
         note=msgspec.json.encode({"id": id, "copy": copy, "worker": worker}),
     )

@@ -93,13 +93,16 @@ class EmbeddedServer:
         """
         binary = _binary()
         private_folder(self.folder)
-        owned = self._owner.acquire()
+        # Only the owner starts a server, so that whoever does also stops it.
+        while not self._owner.acquire():
+            if url := self._join(self._owner):
+                return url
         try:
             url = self._start(binary)
         except BaseException:
             self._owner.release()
             raise
-        self.started = owned
+        self.started = True
         return url
 
     def stop(self) -> None:
@@ -116,9 +119,7 @@ class EmbeddedServer:
 
     def _start(self, binary: str) -> str:
         while not self._lock.acquire():
-            url = self._join()
-            if url:
-                log.info("joined the server of %s", self.folder, extra={"action": "server_joined"})
+            if url := self._join(self._lock):
                 return url
         place = _place(self.folder)
         private_folder(place.parent)
@@ -136,13 +137,14 @@ class EmbeddedServer:
         log.info("started a server in %s", self.folder, extra={"action": "server_started"})
         return url
 
-    def _join(self) -> str | None:
-        """Wait until the server that holds the folder answers; None: it ended meanwhile."""
+    def _join(self, lock: FolderLock) -> str | None:
+        """Wait until the server that runs, or is being started, answers; None: whoever has `lock` let go of it."""
         deadline = time.monotonic() + PATIENCE
-        while self._lock.is_held():
+        while lock.is_held():
             url = expected_url(self.folder)
             answer = _ping(_path_of(url))
             if answer.startswith(b"+PONG"):
+                log.info("joined the server of %s", self.folder, extra={"action": "server_joined"})
                 return url
             if answer:
                 deadline = time.monotonic() + PATIENCE

@@ -1,7 +1,8 @@
 -- May these copies be handled now? One answer for each, in order (protocol §2, §3).
 -- Answers: {'granted', token, copy, progress, crashes, now}, or {why, µs until asking again}.
 
-local NAMES = {'topic', 'index', 'id', 'copy', 'once', 'worker', 'lease', 'digest', 'retention', 'sent_at', 'started'}
+local NAMES = {'topic', 'index', 'id', 'copy', 'once', 'worker', 'lease', 'digest', 'retention', 'sent_at', 'started',
+  'nonce'}
 
 local function refuse(claim, why, events, wait)
   if why == 'duplicate' then count(claim.topic, 'duplicates', 1) end
@@ -18,6 +19,11 @@ local function forget(id, state)
   if not state then return end
   if state.status == 'replaying' then drop_letter(id) end
   redis.call('DEL', of_id('s', id))
+end
+
+-- This very claim was granted, and its answer lost: refused now, it would count as a crash later.
+local function is_asked_again(claim, state)
+  return claim.nonce ~= '' and claim.nonce == state.nonce and claim.worker == state.worker and is_held(state)
 end
 
 -- Compare the copy with what is known; nil: it may be claimed.
@@ -72,7 +78,7 @@ local function grant(claim, state, events)
   local first = state and state.first > 0 and state.first or token
   local carried = math.max(state and state.carried or 0, claim.copy)
   local fields = {'copy', copy, 'carried', carried, 'status', 'running', 'token', digits(token), 'first', digits(first),
-    'worker', claim.worker, 'until', digits(NOW + claim.lease), 'crashes', crashes, 'topic', claim.topic,
+    'worker', claim.worker, 'nonce', claim.nonce, 'until', digits(NOW + claim.lease), 'crashes', crashes, 'topic', claim.topic,
     'index', claim.index}
   for flag, is_set in pairs({started = claim.started, exclusive = claim.once == 'index'}) do
     if is_set then
@@ -93,6 +99,10 @@ local function claim_one(claim)
   if (record and record.id == claim.id) or mark_token(claim.id) then
     forget(claim.id, state)
     return refuse(claim, 'duplicate', {})
+  end
+  if state and is_asked_again(claim, state) then
+    redis.call('HSET', of_id('s', claim.id), 'until', digits(NOW + claim.lease))
+    return {'granted', state.token, state.copy, state.progress or false, state.crashes, NOW}
   end
   local refused = state and check_copy(claim, state)
   if refused then return refused end

@@ -164,7 +164,7 @@ end
 -- `carried` the newest that a delivery brought: `copy` may be one that was never published.
 
 local FIELDS = {
-  'copy', 'carried', 'status', 'token', 'first', 'worker', 'until', 'started', 'exclusive', 'crashes', 'progress', 'topic',
+  'copy', 'carried', 'status', 'token', 'first', 'worker', 'nonce', 'until', 'started', 'exclusive', 'crashes', 'progress', 'topic',
   'index',
 }
 local NUMBERS = {copy = true, carried = true, token = true, first = true, ['until'] = true, crashes = true}
