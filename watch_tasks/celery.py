@@ -36,7 +36,7 @@ class Loader(DefaultLoader):
         conf = super().read_configuration(fail_silently=not exists)
         if not conf.get("imports") and not conf.get("include"):
             # No topics named: those of the `watch-tasks up` that runs here.
-            conf = self.setup_settings({**dict(conf.items()), "imports": running_modules(watch_dir(conf))})
+            conf["imports"] = running_modules(watch_dir(conf))
         return conf
 
 

@@ -15,6 +15,7 @@ from tests.servers import RedisServer
 from watch_tasks.storage import open_storage
 from watch_tasks.storage.protocol import Granted, Step
 from watch_tasks.storage.redis import RedisStorage
+from watch_tasks.storage.redis_client import open_client
 from watch_tasks.testing import ManualClock, StorageSuite
 from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, grant, handle, record, settle
 from watch_tasks.topics import WEEK
@@ -27,12 +28,12 @@ class RedisSuite(StorageSuite):
 
     @pytest.fixture
     def storage(self, server: RedisServer, clock: ManualClock) -> Iterator[RedisStorage]:
-        with RedisStorage(server.client(), clock=clock) as storage:
+        with RedisStorage(open_client(server.url), clock=clock) as storage:
             yield storage
 
     @pytest.fixture
     def reopen(self, server: RedisServer, clock: ManualClock) -> Callable[[], RedisStorage]:
-        return lambda: RedisStorage(server.client(), clock=clock)
+        return lambda: RedisStorage(open_client(server.url), clock=clock)
 
 
 class TestOnValkey(RedisSuite):

@@ -13,6 +13,7 @@ from watch_tasks.storage.base import Storage
 from watch_tasks.storage.memory import MemoryStorage
 from watch_tasks.storage.protocol import Granted, Step
 from watch_tasks.storage.redis import RedisStorage
+from watch_tasks.storage.redis_client import open_client
 from watch_tasks.testing import ManualClock
 from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, record, settle, unclaimed
 from watch_tasks.topics import WEEK
@@ -57,7 +58,7 @@ def test_both_storages_answer_alike(server: RedisServer, steps: list[tuple[str, 
     clock = ManualClock()
     with server.client() as client:
         client.flushall()
-    with MemoryStorage(clock=clock) as memory, RedisStorage(server.client(), clock=clock) as redis:
+    with MemoryStorage(clock=clock) as memory, RedisStorage(open_client(server.url), clock=clock) as redis:
         granted: list[Any] = []
         for verb, what in steps:
             expected, answered = (_ask(storage, clock, verb, what, granted) for storage in (memory, redis))

@@ -201,8 +201,8 @@ class RedisStorage(Storage):
         # A record written meanwhile moves to the end of the time order. It is left out there: by its token where it
         # was claimed after the start, by its time where it was claimed before.
         last_token = max(int(self._ask("GET", self._key("token")) or 0), self._now())
-        newest = self._ask("ZRANGE", self._key(f"z:{topic}"), -1, -1, "WITHSCORES")
-        end = float(newest[0][1]) if newest else -math.inf
+        newest = self._ask("ZRANGE", self._key(f"z:{topic}"), -1, -1)
+        end = float(self._ask("ZSCORE", self._key(f"z:{topic}"), newest[0]) or math.inf) if newest else -math.inf
         for score, now, value in self._pages(f"z:{topic}", f"r:{topic}:", since, newest_first):
             if score > end and not newest_first:
                 return
