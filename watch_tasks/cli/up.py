@@ -37,6 +37,13 @@ STEP: Final = 0.2
 #: Seconds that Flower may take before the person at the terminal is told where to look.
 PATIENCE: Final = 30.0
 
+#: What children get at the first, the second and the third signal, and what is said of it.
+_STOPS: Final = (
+    (signal.SIGTERM, "stopping: handlers finish what they have in hand; Ctrl-C again not to wait for them"),
+    (signal.SIGQUIT, "not waiting: what handlers have in hand will be handled again; Ctrl-C again to kill them"),
+    (signal.SIGKILL, "killing what is left"),
+)
+
 
 @click.command(
     cls=Command,
@@ -127,7 +134,7 @@ class _Services:
             for child in self._children:
                 child.start()
             _say(f"worker: {listed([topic.name for topic in topics]) or 'no topics'}; log in {self._worker.log_file}")
-            self._watch(f"\nSend a message:\n  {send_command(topics[0])}" if topics else "")
+            self._watch(f"\n\nSend a message:\n  {send_command(topics[0])}" if topics else "")
         finally:
             self._stop()
             forget_running(self._folder)
@@ -161,12 +168,12 @@ class _Services:
         number = 0
         running = [child for child in self._children if child.is_running]
         while running:
-            if number < max(1, len(self._asked)):
+            if number < min(max(1, len(self._asked)), len(_STOPS)):
+                kind, said = _STOPS[number]
                 number += 1
-                if number == 1:
-                    _say("stopping: handlers finish what they have in hand; Ctrl-C again not to wait for them")
+                _say(said)
                 for child in running:
-                    child.signal((signal.SIGTERM, signal.SIGQUIT, signal.SIGKILL)[min(number, 3) - 1])
+                    child.signal(kind)
             time.sleep(STEP / 4)
             running = [child for child in running if child.is_running]
         for child in self._children:

@@ -149,8 +149,9 @@ class EmbeddedServer:
             if answer:
                 deadline = time.monotonic() + PATIENCE
             if time.monotonic() > deadline:
+                who = f"a server (process {pid})" if (pid := self.pid) else "a process that starts no server"
                 raise QueueUnavailableError(
-                    f"a server (process {self.pid}) holds {self.folder} but does not answer for {PATIENCE:.0f} s; "
+                    f"{who} holds {self.folder} but does not answer for {PATIENCE:.0f} s; "
                     f"look into {self.log_file}, or end that process"
                 )
             time.sleep(_STEP)
