@@ -1,0 +1,128 @@
+"""A model that cannot fail proves nothing: with any one rule taken out, it must find a broken promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from watch_tasks.storage.base import Storage
+from watch_tasks.storage.memory import MemoryStorage, _Entry, _Key, _State, _Status
+from watch_tasks.storage.protocol import Claim, Commit, Refusal, Refused
+
+from .machine import StorageMachine
+from .truth import Invariant, Violation
+
+#: Schedules within which a broken rule must show.
+HISTORIES = 3000
+
+
+class NoTokenCheck(MemoryStorage):
+    """Whoever finishes a message that somebody handles may settle it, with a token however old."""
+
+    def _may_settle(self, commit: Commit, state: _State | None) -> bool:
+        return state is not None and self._is_held(commit.id, state)
+
+
+class NoLease(MemoryStorage):
+    """A claim does not keep others out."""
+
+    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
+        return super()._check_copy(claim, replace(state, until=min(state.until, now)), now)
+
+
+class NoWaiting(MemoryStorage):
+    """A copy is stale as soon as a newer one was decided on, though nobody may have published that."""
+
+    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
+        if state.status is _Status.WAITING and claim.copy < state.copy:
+            return Refused(Refusal.STALE)
+        return super()._check_copy(claim, state, now)
+
+
+class NoStandIn(MemoryStorage):
+    """A copy is stale as soon as a newer one runs, though it may be this very copy that stands in for it."""
+
+    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
+        if state.status is _Status.RUNNING and claim.copy < state.copy:
+            return Refused(Refusal.STALE)
+        return super()._check_copy(claim, state, now)
+
+
+class LateCarrier(MemoryStorage):
+    """A newer copy is granted although an older one is being handled."""
+
+    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
+        return None if claim.copy > state.copy else super()._check_copy(claim, state, now)
+
+
+class NoFirstToken(MemoryStorage):
+    """Whoever finishes last has the record."""
+
+    def _is_newer(self, record: _Entry, first_token: int) -> bool:
+        return False
+
+
+class NoMarks(MemoryStorage):
+    """Only records tell what is done."""
+
+    def _mark(self, id: str, token: int, expires: float) -> None:
+        return
+
+
+class NoHolder(MemoryStorage):
+    """Messages of one index run side by side."""
+
+    def _rival(self, key: _Key, id: str, now: float) -> _State | None:
+        return None
+
+
+def find_violation(storage: type[MemoryStorage], machine: type[StorageMachine] = StorageMachine) -> Violation | None:
+    """Return how a storage breaks its promises, in schedules that are the same each time."""
+
+    class Mutated(machine):  # type: ignore[valid-type, misc]
+        @classmethod
+        def open(cls, clock: Callable[[], float]) -> Storage:
+            return storage(clock=clock)
+
+    try:
+        run_state_machine_as_test(
+            Mutated,
+            settings=settings(
+                max_examples=HISTORIES,
+                stateful_step_count=50,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    except Violation as violation:
+        return violation
+    return None
+
+
+@pytest.mark.parametrize(
+    ("storage", "broken"),
+    [
+        (NoTokenCheck, {Invariant.STALE_TOKEN}),
+        (NoLease, {Invariant.TWO_CLAIMS}),
+        (NoWaiting, {Invariant.VANISHED}),
+        (NoStandIn, {Invariant.VANISHED}),
+        (LateCarrier, {Invariant.TWO_CLAIMS, Invariant.MARK}),
+        (NoFirstToken, {Invariant.RECORD}),
+        (NoMarks, {Invariant.MARK}),
+        (NoHolder, {Invariant.TWO_CLAIMS}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_model_notices_a_missing_rule(storage: type[MemoryStorage], broken: set[Invariant]) -> None:
+    violation = find_violation(storage)
+
+    assert violation is not None, "the model found nothing wrong"
+    assert violation.invariant in broken, violation
