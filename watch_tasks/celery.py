@@ -33,7 +33,7 @@ class Loader(DefaultLoader):
         name = os.environ.get("CELERY_CONFIG_MODULE", DEFAULT_CONFIG_MODULE)
         with cwd_in_path():
             exists = find_spec(name) is not None
-        conf = super().read_configuration(fail_silently=not exists)
+        conf = super().read_configuration(fail_silently=False) if exists else {}
         if not conf.get("imports") and not conf.get("include"):
             # No topics named: those of the `watch-tasks up` that runs here.
             conf["imports"] = running_modules(watch_dir(conf))

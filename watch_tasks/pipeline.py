@@ -5,7 +5,6 @@ Knows neither Celery nor any queue. The Watcher and the Celery worker drive it; 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
@@ -13,8 +12,8 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -35,76 +34,25 @@ from .outcome import (
     Snooze,
     Snoozed,
 )
-from .record import Attempt, DeadLetter, Record
-from .schema import dump
+from .record import DeadLetter
 from .storage.base import Storage, encode
-from .storage.protocol import Claim, Commit, Granted, Refusal, Refused, Step
+from .storage.protocol import Commit, Granted, Refusal, Refused, Step
 from .topics import WEEK, Topic
+from .work import Settlement, Work, error_text
 
-__all__ = ["Pipeline", "Work"]
+__all__ = ["Pipeline"]
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+_Notes = list[tuple[str, bytes]]
 
-#: Failed tries that a message carries along: the newest.
-_ATTEMPTS: Final = 100
-#: Characters of an error's text that are kept.
-_ERROR: Final = 2000
 #: Seconds between two tries to reach a storage that is away: the first, doubled up to the last.
 _PAUSES: Final = (0.05, 2.0)
-#: Seconds after which a message of an unknown topic is looked at again.
+#: Seconds after which a message of an unknown topic is looked at again, at most.
 _UNKNOWN_PAUSE: Final = 5.0
 #: Unknown messages whose first sight is remembered.
 _UNKNOWN_KEPT: Final = 10_000
-
-
-class _Progress(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a message carries from try to try, kept by the storage."""
-
-    retries: int = 0
-    handled: tuple[str, ...] = ()
-    attempts: tuple[Attempt, ...] = ()
-
-
-@dataclass(slots=True)
-class Work:
-    """A message in hand: decoded and claimed."""
-
-    topic: Topic[Any]
-    #: As it came, with the copy it is handled as.
-    received: Message[Any]
-    #: Its decoded data.
-    data: Any
-    #: Its data as canonical JSON, and the digest of that.
-    plain: bytes
-    digest: str
-    #: None: unclaimed, under the rule "none".
-    token: int | None
-    crashes: int
-    progress: _Progress
-    #: The storage's clock when it was claimed, and ours.
-    claimed_at: float
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def max_retries(self) -> int | None:
-        limit = self.received.max_retries
-        return self.topic.retry.max_retries if limit is None else limit
-
-    def now(self) -> datetime:
-        """The time by the storage's clock, without asking it."""
-        return datetime.fromtimestamp(self.claimed_at, UTC) + timedelta(seconds=time.monotonic() - self.started)
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """How a message in hand ended: what to store, the outcome once that is stored, and what if it cannot be."""
-
-    commit: Commit
-    outcome: Outcome
-    #: The copy that carries everything known, for a worker that must stop while the storage is away.
-    carrier: Message[Any] | None = None
 
 
 class Pipeline:
@@ -165,37 +113,28 @@ class Pipeline:
 
     def begin(self, messages: Sequence[Message[Any]]) -> list[Work | Outcome]:
         """Decode and claim. A message that is not to be handled has its Outcome, stored."""
-        found: list[Work | Outcome] = [self._read(message) for message in messages]
-        asked = [work for work in found if isinstance(work, Work) and _once(work) != "none"]
+        found = [self._read(message) for message in messages]
+        asked = [work for work in found if isinstance(work, Work) and work.once != "none"]
+        claims = [work.claim(self._lease, f"{os.getpid()}.{next(self._nonces)}") for work in asked]
         try:
-            claims = [self._claim(work) for work in asked]
             answers = self._patiently(lambda: self.storage.claim_many(claims))
         except StorageUnavailableError:
             # Asked to stop: nothing is handled without a claim, so the same copies go back.
             return [Busy(0.0) if isinstance(work, Work) else work for work in found]
-        granted = {id(work): self._answer(work, answer) for work, answer in zip(asked, answers, strict=True)}
-        return [granted.get(id(work), work) for work in found]
+        answered = {id(work): self._answer(work, answer) for work, answer in zip(asked, answers, strict=True)}
+        return [answered.get(id(work), work) for work in found]
 
     def run(self, work: Work) -> Settlement:
         """Run the handlers that have not finished yet, and decide. Nothing is settled until `settle`."""
         clock = time.monotonic()
-        done = work.progress.handled
-        left = [handler for handler in work.topic.handlers if handler.name not in done]
-        notes: list[tuple[str, bytes]] = []
         timeout = work.topic.timeout
         deadline = None if timeout is None else work.now() + timedelta(seconds=timeout)
+        left = [handler for handler in work.topic.handlers if handler.name not in work.progress.handled]
+        notes: _Notes = []
         for number, handler in enumerate(left):
             begun = time.monotonic()
-            message = replace(
-                work.received,
-                data=work.data,
-                retries=work.progress.retries,
-                handled=work.progress.handled,
-                deadline=deadline,
-                token=work.token,
-                idempotency_key=f"{work.received.id}:{handler.name}",
-            )
             seconds = None if timeout is None else max(timeout - (begun - clock), 0.0)
+            message = work.for_handler(handler.name, deadline)
             try:
                 run_handler(handler, message, seconds, interrupts=self._interrupts, kill_after=self._kill_after)
             except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here
@@ -203,15 +142,17 @@ class Pipeline:
             except BaseException:
                 self._give_back(work)
                 raise
-            spent = time.monotonic() - begun
-            notes.append(("handler", _note(work, handler=handler.name, seconds=spent)))
-            work.progress = msgspec.structs.replace(work.progress, handled=(*work.progress.handled, handler.name))
+            work.finished(handler.name)
+            notes.append(("handler", work.note(handler=handler.name, seconds=time.monotonic() - begun)))
             if number + 1 < len(left):
-                lost = self._mark(work, tuple(notes))
-                if lost:
-                    return lost
+                cut_short = self._mark(work, notes)
+                if cut_short:
+                    return cut_short
                 notes.clear()
-        return self._handled(work, time.monotonic() - clock, notes)
+        spent = time.monotonic() - clock
+        notes.append(("handled", work.note(retries=work.progress.retries, seconds=spent, worker=self.worker)))
+        commit = work.commit(Step.HANDLED, work.record(spent), notes)
+        return Settlement(commit, Handled(spent), work.carrier())
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         """Store what became of messages in one round trip; only then it counts.
@@ -219,16 +160,15 @@ class Pipeline:
         While the storage is away this waits. Asked to stop meanwhile, it returns outcomes by which the driver
         publishes copies that carry everything known.
         """
+        commits = [settlement.commit for settlement in settlements]
         try:
-            commits = [settlement.commit for settlement in settlements]
             accepted = self._patiently(lambda: self.storage.commit_many(commits))
         except StorageUnavailableError:
-            return [_unsettled(settlement) for settlement in settlements]
-        outcomes = [
-            settlement.outcome if yes else Fenced() for settlement, yes in zip(settlements, accepted, strict=True)
-        ]
-        for settlement, outcome in zip(settlements, outcomes, strict=True):
-            _log(settlement.commit, outcome)
+            return [settlement.unsettled() for settlement in settlements]
+        outcomes = []
+        for settlement, is_accepted in zip(settlements, accepted, strict=True):
+            outcomes.append(settlement.outcome if is_accepted else Fenced())
+            _log(settlement.commit, outcomes[-1])
         return outcomes
 
     # -- what never becomes work
@@ -251,13 +191,16 @@ class Pipeline:
         crashes: int = 0,
         sent_at: datetime | None = None,
     ) -> Outcome:
-        """Make a dead letter of a message that was never claimed, once for each id. Waits for the storage."""
+        """Make a dead letter of a message that was never claimed, once for each id. Waits for the storage.
+
+        The keywords are the fields of a `DeadLetter`, as far as they are known.
+        """
         letter = DeadLetter(
             id=id,
             topic=topic,
             index=index,
             reason=reason,
-            error=_text(error),
+            error=error_text(error),
             retries=retries,
             max_retries=max_retries,
             crashes=crashes,
@@ -272,7 +215,7 @@ class Pipeline:
             blob = encode(letter)
         except SchemaError:
             blob = encode(msgspec.structs.replace(letter, data=None, raw=raw or repr(data).encode()))
-        note = msgspec.json.encode({"id": id, "copy": copy, "error": _text(error), "worker": self.worker})
+        note = {"id": id, "copy": copy, "error": letter.error, "worker": self.worker}
         known = self._find(topic) if topic else None
         commit = Commit(
             step=Step.DEAD,
@@ -283,7 +226,7 @@ class Pipeline:
             token=None,
             blob=blob,
             retention=known.retention if known else WEEK,
-            notes=(("dead", note),),
+            notes=(("dead", msgspec.json.encode(note)),),
         )
         cause = error if isinstance(error, BaseException) else DeadLetterError(error)
         return self.settle([Settlement(commit, Dead(reason, cause))])[0]
@@ -298,10 +241,10 @@ class Pipeline:
         if left > 0:
             # Spread, or it would come back in step with the polling of the one worker that does not know it.
             return Busy(min(left, _UNKNOWN_PAUSE * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
-        del self._unknown[id]
+        self._unknown.pop(id, None)
         return bury(
             f"no worker knows topic `{topic}`: load the module that defines it "
-            f"(`imports` in celeryconfig.py, or -I MODULE), then replay this letter"
+            "(`imports` in celeryconfig.py, or -I MODULE), then send the message again"
         )
 
     # -- steps
@@ -315,93 +258,34 @@ class Pipeline:
                 lambda error: self._bury_message(message, Reason.UNKNOWN_TOPIC, error),
             )
         try:
-            plain = dump(message.data)
-            data = topic.decode(message.data)
-        except MessageError as exc:
+            return Work.read(topic, message, self.worker)
+        except SchemaError as exc:
             return self._bury_message(message, Reason.UNDECODABLE, exc)
-        if message.index == message.id:  # nobody named it
-            try:
-                message = replace(message, index=topic.index_of(data) or message.id)
-            except MessageError as exc:
-                return self._bury_message(message, Reason.MALFORMED, exc)
-        return Work(
-            topic=topic,
-            received=message,
-            data=data,
-            plain=plain,
-            digest=hashlib.blake2b(plain, digest_size=16).hexdigest(),
-            token=None,
-            crashes=0,
-            progress=_Progress(message.retries, message.handled),
-            claimed_at=time.time(),
-        )
-
-    def _claim(self, work: Work) -> Claim:
-        message = work.received
-        return Claim(
-            topic=message.topic,
-            index=message.index,
-            id=message.id,
-            copy=message.copy,
-            once=_once(work),
-            worker=self.worker,
-            lease=self._lease,
-            digest=work.digest,
-            retention=work.topic.retention,
-            sent_at=message.sent_at.timestamp(),
-            nonce=f"{os.getpid()}.{next(self._nonces)}",
-            note=_note(work, retries=message.retries, worker=self.worker),
-        )
+        except MessageError as exc:
+            return self._bury_message(message, Reason.MALFORMED, exc)
 
     def _answer(self, work: Work, answer: Granted | Refused) -> Work | Outcome:
-        if isinstance(answer, Refused):
-            match answer.why:
-                case Refusal.BUSY:
-                    return Busy(answer.seconds)
-                case Refusal.CONFLICT:
-                    return self._bury_message(
-                        work.received,
-                        Reason.INDEX_CONFLICT,
-                        f"index `{work.received.index}` of topic `{work.topic.name}` was handled with other data",
-                    )
-                case _:
-                    return Duplicate()
-        work.token, work.crashes, work.claimed_at = answer.token, answer.crashes, answer.now
-        work.received = replace(work.received, copy=answer.copy)
-        work.progress = _merge(work.progress, answer.progress)
-        if answer.crashes >= self._max_crashes:
-            error = DeadLetterError(f"its handler took the worker down {answer.crashes} times")
-            return self.settle([self._dead(work, Reason.KILLED_WORKER, error, None, ())])[0]
-        return work
+        if isinstance(answer, Granted):
+            work.grant(answer)
+            if work.crashes < self._max_crashes:
+                return work
+            error = DeadLetterError(f"its handler took the worker down {work.crashes} times")
+            return self.settle([self._dead(work, Reason.KILLED_WORKER, error)])[0]
+        match answer.why:
+            case Refusal.BUSY:
+                return Busy(answer.seconds)
+            case Refusal.CONFLICT:
+                index, topic = work.received.index, work.topic.name
+                error = DeadLetterError(f"index `{index}` of topic `{topic}` was handled with other data")
+                return self._bury_message(work.received, Reason.INDEX_CONFLICT, error)
+            case _:
+                return Duplicate()
 
-    def _handled(self, work: Work, seconds: float, notes: list[tuple[str, bytes]]) -> Settlement:
-        message = work.received
-        record = Record(
-            topic=message.topic,
-            index=message.index,
-            id=message.id,
-            retries=work.progress.retries,
-            max_retries=work.max_retries,
-            sent_at=message.sent_at,
-            seconds=seconds,
-            worker=self.worker,
-            digest=work.digest,
-            data=msgspec.Raw(work.plain) if work.topic.keep_data else None,
-        )
-        note = _note(work, retries=work.progress.retries, seconds=seconds, worker=self.worker)
-        commit = self._commit(work, Step.HANDLED, encode(record), (*notes, ("handled", note)))
-        return Settlement(replace(commit, digest=work.digest), Handled(seconds), self._carrier(work))
-
-    def _failed(
-        self, work: Work, handler: str, error: Exception, seconds: float, notes: list[tuple[str, bytes]]
-    ) -> Settlement:
+    def _failed(self, work: Work, handler: str, error: Exception, seconds: float, notes: _Notes) -> Settlement:
         if isinstance(error, Snooze):
-            message = self._carrier(work)
-            note = _note(work, handler=handler, seconds=error.seconds)
-            commit = self._commit(work, Step.SNOOZED, self._progress(work), (*notes, ("snoozed", note)))
-            return Settlement(replace(commit, delay=error.seconds), Snoozed(error.seconds, message), message)
-        attempt = Attempt(at=work.now(), handler=handler, error=_text(error), seconds=seconds)
-        work.progress = msgspec.structs.replace(work.progress, attempts=(*work.progress.attempts, attempt)[-_ATTEMPTS:])
+            notes.append(("snoozed", work.note(handler=handler, seconds=error.seconds)))
+            return self._later(work, Step.SNOOZED, error.seconds, Snoozed(error.seconds, work.carrier()), notes)
+        work.failed(handler, error, seconds)
         if isinstance(error, Discard):
             return self._dead(work, Reason.DISCARDED, error, handler, notes)
         policy = work.topic.retry
@@ -409,53 +293,31 @@ class Pipeline:
         if delay is None:
             reason = Reason.EXHAUSTED if policy.is_retryable(error) else Reason.FATAL
             return self._dead(work, reason, error, handler, notes)
-        note = _note(work, handler=handler, seconds=seconds, error=_text(error), worker=self.worker)
-        work.progress = msgspec.structs.replace(work.progress, retries=work.progress.retries + 1)
-        message = self._carrier(work)
-        commit = self._commit(work, Step.RETRY, self._progress(work), (*notes, ("retry", note)))
-        return Settlement(replace(commit, delay=delay), Retry(delay, message, error), message)
+        told = work.note(handler=handler, seconds=seconds, error=error_text(error), worker=self.worker)
+        notes.append(("retry", told))
+        work.retried()
+        return self._later(work, Step.RETRY, delay, Retry(delay, work.carrier(), error), notes)
+
+    def _later(self, work: Work, step: Step, delay: float, outcome: Retry | Snoozed, notes: _Notes) -> Settlement:
+        return Settlement(replace(work.commit(step, notes=notes), delay=delay), outcome, outcome.message)
 
     def _dead(
-        self,
-        work: Work,
-        reason: Reason,
-        error: Exception,
-        handler: str | None,
-        notes: Sequence[tuple[str, bytes]],
+        self, work: Work, reason: Reason, error: Exception, handler: str | None = None, notes: _Notes | None = None
     ) -> Settlement:
-        message = work.received
-        letter = DeadLetter(
-            id=message.id,
-            topic=message.topic,
-            index=message.index,
-            reason=reason,
-            error=_text(error),
-            handler=handler,
-            retries=work.progress.retries,
-            max_retries=work.max_retries,
-            crashes=work.crashes,
-            attempts=work.progress.attempts,
-            handled=work.progress.handled,
-            data=msgspec.Raw(work.plain),
-            content_type="application/json",
-            once=message.once,
-            sent_at=message.sent_at,
-            copy=message.copy,
-        )
-        note = _note(work, handler=handler, error=_text(error), worker=self.worker)
-        commit = self._commit(work, Step.DEAD, encode(letter), (*notes, ("dead", note)))
-        return Settlement(commit, Dead(reason, error), self._carrier(work))
+        told = work.note(handler=handler, error=error_text(error), worker=self.worker)
+        commit = work.commit(Step.DEAD, work.letter(reason, error, handler), [*(notes or ()), ("dead", told)])
+        return Settlement(commit, Dead(reason, error), work.carrier())
 
-    def _mark(self, work: Work, notes: tuple[tuple[str, bytes], ...]) -> Settlement | None:
+    def _mark(self, work: Work, notes: _Notes) -> Settlement | None:
         """Store that a handler finished, before the next one starts; a Settlement means: do not go on."""
         if work.token is None:
             return None
-        commit = self._commit(work, Step.MARK, self._progress(work), notes)
+        commit = work.commit(Step.MARK, notes=notes)
         try:
             if self._patiently(lambda: self.storage.commit(commit)):
                 return None
         except StorageUnavailableError:
-            return Settlement(replace(commit, step=Step.RELEASED), Busy(0.0), self._carrier(work))
+            return Settlement(replace(commit, step=Step.RELEASED), Busy(0.0), work.carrier())
         # Taken over: settling it again is refused again, and ends as Fenced.
         return Settlement(commit, Fenced())
 
@@ -463,7 +325,7 @@ class Pipeline:
         """End a claim at no cost, because the process is being ended; if that fails its lease will end it."""
         if work.token is not None:
             try:
-                self.storage.commit(self._commit(work, Step.RELEASED, self._progress(work), ()))
+                self.storage.commit(work.commit(Step.RELEASED))
             except StorageUnavailableError as exc:
                 logger.warning("could not give message %s back: %s", work.received.id, exc)
 
@@ -483,26 +345,6 @@ class Pipeline:
             sent_at=message.sent_at,
         )
 
-    def _commit(self, work: Work, step: Step, blob: bytes, notes: tuple[tuple[str, bytes], ...]) -> Commit:
-        message = work.received
-        return Commit(
-            step=step,
-            topic=message.topic,
-            index=message.index,
-            id=message.id,
-            copy=message.copy,
-            token=work.token,
-            blob=blob,
-            retention=work.topic.retention,
-            notes=notes,
-        )
-
-    def _progress(self, work: Work) -> bytes:
-        return msgspec.json.encode(work.progress)
-
-    def _carrier(self, work: Work) -> Message[Any]:
-        return work.received.next_copy(retries=work.progress.retries, handled=work.progress.handled)
-
     def _patiently(self, call: Callable[[], R]) -> R:
         """Call until the storage answers.
 
@@ -519,47 +361,6 @@ class Pipeline:
                 logger.warning("the storage is away, trying again in %.2g s: %s", pause, exc)
                 self._pause(pause)
                 pause = min(pause * 2, longest)
-
-
-def _once(work: Work) -> Once:
-    return work.received.once or work.topic.once
-
-
-def _merge(wire: _Progress, stored: bytes | None) -> _Progress:
-    """Join what the storage kept with what the copy carries: it carries more after a stop without storage."""
-    if not stored:
-        return wire
-    kept = msgspec.json.decode(stored, type=_Progress)
-    more = tuple(name for name in wire.handled if name not in kept.handled)
-    return _Progress(max(kept.retries, wire.retries), kept.handled + more, kept.attempts)
-
-
-def _unsettled(settlement: Settlement) -> Outcome:
-    """What a driver does with an outcome that could not be stored before it must stop."""
-    if settlement.carrier is None:
-        return Busy(0.0)
-    if isinstance(settlement.outcome, Retry):
-        return settlement.outcome
-    return Snoozed(0.0, settlement.carrier)
-
-
-def _note(work: Work, **fields: Any) -> bytes:
-    """Return an event's details as JSON, without those that say nothing."""
-    told = {name: value for name, value in fields.items() if value is not None}
-    return msgspec.json.encode({"id": work.received.id, "copy": work.received.copy, **told})
-
-
-def _text(error: BaseException | str) -> str:
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {_describe(error)}"
-    # Half a surrogate pair has no UTF-8 form.
-    return text[:_ERROR].encode("utf-8", "backslashreplace").decode()
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as exc:  # noqa: BLE001 - a broken __str__ must not change what becomes of the message
-        return f"<its text raised {type(exc).__name__}>"
 
 
 def _log(commit: Commit, outcome: Outcome) -> None:

@@ -1,0 +1,245 @@
+"""A message in hand, and what is written down of it: its progress, its record, its dead letter, its events."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+
+from .message import Message, Once
+from .outcome import Busy, Outcome, Reason, Retry, Snoozed
+from .record import Attempt, DeadLetter, Record
+from .schema import dump
+from .storage.base import encode
+from .storage.protocol import Claim, Commit, Granted, Step
+from .topics import Topic
+
+__all__ = ["Progress", "Settlement", "Work", "error_text"]
+
+#: Failed tries that a message carries along: the newest.
+_ATTEMPTS: Final = 100
+#: Characters of an error's text that are kept.
+_ERROR: Final = 2000
+
+
+class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a message carries from try to try, kept by the storage."""
+
+    retries: int = 0
+    handled: tuple[str, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+
+    def join(self, stored: bytes | None) -> Progress:
+        """Join what a copy carries with what the storage kept; after a stop without storage the copy carries more."""
+        if not stored:
+            return self
+        kept = msgspec.json.decode(stored, type=Progress)
+        more = tuple(name for name in self.handled if name not in kept.handled)
+        return Progress(max(kept.retries, self.retries), kept.handled + more, kept.attempts)
+
+
+@dataclass(slots=True)
+class Work:
+    """A message in hand: decoded, and claimed unless its once-rule is "none"."""
+
+    topic: Topic[Any]
+    #: As it came, with its index, and with the copy it is handled as.
+    received: Message[Any]
+    #: Its decoded data.
+    data: Any
+    #: Its data as canonical JSON.
+    plain: bytes
+    #: Name of the worker that has it.
+    worker: str
+    progress: Progress
+    #: None: unclaimed.
+    token: int | None = None
+    crashes: int = 0
+    #: The storage's clock when it was claimed, and ours.
+    claimed_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def read(cls, topic: Topic[Any], message: Message[Any], worker: str) -> Work:
+        """Decode a message; find its index where nobody named it.
+
+        Raises:
+            SchemaError: its data does not fit, or has no JSON form.
+            MessageError: its index cannot be found.
+        """
+        plain = dump(message.data)
+        data = topic.decode(message.data)
+        if message.index == message.id:  # nobody named it
+            message = replace(message, index=topic.index_of(data) or message.id)
+        return cls(topic, message, data, plain, worker, Progress(message.retries, message.handled))
+
+    @property
+    def once(self) -> Once:
+        return self.received.once or self.topic.once
+
+    @property
+    def max_retries(self) -> int | None:
+        limit = self.received.max_retries
+        return self.topic.retry.max_retries if limit is None else limit
+
+    @property
+    def digest(self) -> str:
+        return hashlib.blake2b(self.plain, digest_size=16).hexdigest()
+
+    def now(self) -> datetime:
+        """The time by the storage's clock, without asking it."""
+        return datetime.fromtimestamp(self.claimed_at, UTC) + timedelta(seconds=time.monotonic() - self.started)
+
+    def claim(self, lease: float, nonce: str) -> Claim:
+        """Return the claim on it."""
+        message = self.received
+        return Claim(
+            topic=message.topic,
+            index=message.index,
+            id=message.id,
+            copy=message.copy,
+            once=self.once,
+            worker=self.worker,
+            lease=lease,
+            digest=self.digest,
+            retention=self.topic.retention,
+            sent_at=message.sent_at.timestamp(),
+            nonce=nonce,
+            note=self.note(retries=message.retries, worker=self.worker),
+        )
+
+    def grant(self, granted: Granted) -> None:
+        """Take what the storage granted."""
+        self.token, self.crashes, self.claimed_at = granted.token, granted.crashes, granted.now
+        self.started = time.monotonic()
+        self.received = replace(self.received, copy=granted.copy)
+        self.progress = self.progress.join(granted.progress)
+
+    def for_handler(self, name: str, deadline: datetime | None) -> Message[Any]:
+        """Return the message as a handler gets it."""
+        return replace(
+            self.received,
+            data=self.data,
+            retries=self.progress.retries,
+            handled=self.progress.handled,
+            deadline=deadline,
+            token=self.token,
+            idempotency_key=f"{self.received.id}:{name}",
+        )
+
+    def finished(self, handler: str) -> None:
+        """Note that a handler finished."""
+        self.progress = msgspec.structs.replace(self.progress, handled=(*self.progress.handled, handler))
+
+    def failed(self, handler: str, error: BaseException, seconds: float) -> None:
+        """Note that a handler failed."""
+        attempt = Attempt(at=self.now(), handler=handler, error=error_text(error), seconds=seconds)
+        attempts = (*self.progress.attempts, attempt)[-_ATTEMPTS:]
+        self.progress = msgspec.structs.replace(self.progress, attempts=attempts)
+
+    def retried(self) -> None:
+        """Note that it is tried again."""
+        self.progress = msgspec.structs.replace(self.progress, retries=self.progress.retries + 1)
+
+    def carrier(self) -> Message[Any]:
+        """Return the next copy, which carries everything known."""
+        return self.received.next_copy(retries=self.progress.retries, handled=self.progress.handled)
+
+    def commit(self, step: Step, blob: bytes | None = None, notes: Sequence[tuple[str, bytes]] = ()) -> Commit:
+        """Return the commit that makes this of it; what is kept is its progress unless other bytes are given."""
+        message = self.received
+        return Commit(
+            step=step,
+            topic=message.topic,
+            index=message.index,
+            id=message.id,
+            copy=message.copy,
+            token=self.token,
+            blob=msgspec.json.encode(self.progress) if blob is None else blob,
+            digest=self.digest if step is Step.HANDLED else "",
+            retention=self.topic.retention,
+            notes=tuple(notes),
+        )
+
+    def note(self, **fields: Any) -> bytes:
+        """Return an event's details as JSON, without those that say nothing."""
+        told = {name: value for name, value in fields.items() if value is not None}
+        return msgspec.json.encode({"id": self.received.id, "copy": self.received.copy, **told})
+
+    def record(self, seconds: float) -> bytes:
+        """Return the record that it was handled."""
+        message = self.received
+        return encode(
+            Record(
+                topic=message.topic,
+                index=message.index,
+                id=message.id,
+                retries=self.progress.retries,
+                max_retries=self.max_retries,
+                sent_at=message.sent_at,
+                seconds=seconds,
+                worker=self.worker,
+                digest=self.digest,
+                data=msgspec.Raw(self.plain) if self.topic.keep_data else None,
+            )
+        )
+
+    def letter(self, reason: Reason, error: BaseException, handler: str | None) -> bytes:
+        """Return its dead letter."""
+        message = self.received
+        return encode(
+            DeadLetter(
+                id=message.id,
+                topic=message.topic,
+                index=message.index,
+                reason=reason,
+                error=error_text(error),
+                handler=handler,
+                retries=self.progress.retries,
+                max_retries=self.max_retries,
+                crashes=self.crashes,
+                attempts=self.progress.attempts,
+                handled=self.progress.handled,
+                data=msgspec.Raw(self.plain),
+                content_type="application/json",
+                once=message.once,
+                sent_at=message.sent_at,
+                copy=message.copy,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How a message ended: what to store, the outcome once that is stored, and what carries it if it cannot be."""
+
+    commit: Commit
+    outcome: Outcome
+    #: The copy that carries everything known, for a worker that must stop while the storage is away.
+    carrier: Message[Any] | None = None
+
+    def unsettled(self) -> Outcome:
+        """Return what a driver does where this could not be stored before it must stop."""
+        if self.carrier is None:
+            return Busy(0.0)
+        if isinstance(self.outcome, Retry):
+            return self.outcome
+        return Snoozed(0.0, self.carrier)
+
+
+def error_text(error: BaseException | str) -> str:
+    """Return an error as `Type: text`, cut to 2,000 characters, and always writable as UTF-8."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {_describe(error)}"
+    return text[:_ERROR].encode("utf-8", "backslashreplace").decode()
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as exc:  # noqa: BLE001 - a broken __str__ must not change what becomes of the message
+        return f"<its text raised {type(exc).__name__}>"
