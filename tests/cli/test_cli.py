@@ -115,5 +115,5 @@ def test_texts_for_people() -> None:
 
 
 def test_shown_send_command_has_the_shape_of_the_schema() -> None:
-    assert send_command(Topic("orders", schema=Order)) == "watch-tasks send orders '{\"number\": 1}'"
-    assert send_command(Topic("free")) == 'watch-tasks send free \'{"text": "hello"}\''
+    assert send_command([Topic("orders", schema=Order)]) == "watch-tasks send orders '{\"number\": 1}'"
+    assert send_command([Topic("free")]) == 'watch-tasks send free \'{"text": "hello"}\''

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -18,15 +23,28 @@ _VALUES: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def send_command(topic: Topic[Any]) -> str:
-    """Return a command line that can be pasted, with data of the topic's shape as far as its schema tells."""
+def send_command(topics: Sequence[Topic[Any]]) -> str:
+    """Return a command line that can be pasted: for a topic whose schema says what its data is, if there is one."""
+    told = [topic for topic in topics if _sample(topic)]
+    return min(map(_command, told), key=len) if told else _command(topics[0])
+
+
+def _command(topic: Topic[Any]) -> str:
     data = _sample(topic)
     try:
         topic.decode(data)
         text = shlex.quote(json.dumps(data))
     except MessageError:
         text = "'…'"
-    return f"watch-tasks send {topic.name} {text}"
+    return f"{_program()} send {topic.name} {text}"
+
+
+def _program() -> str:
+    """Return how this program is called from here: it may be in an environment that is not on the path."""
+    called = Path(sys.argv[0])
+    if called.name != "watch-tasks" or shutil.which("watch-tasks"):
+        return "watch-tasks"
+    return shlex.quote(os.path.relpath(called))
 
 
 def _sample(topic: Topic[Any]) -> Any:

@@ -134,7 +134,7 @@ class _Services:
             for child in self._children:
                 child.start()
             _say(f"worker: {listed([topic.name for topic in topics]) or 'no topics'}; log in {self._worker.log_file}")
-            self._watch(f"\n\nSend a message:\n  {send_command(topics[0])}" if topics else "")
+            self._watch(f"\n\nSend a message:\n  {send_command(topics)}" if topics else "")
         finally:
             self._stop()
             forget_running(self._folder)
