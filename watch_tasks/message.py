@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime
+from types import BuiltinMethodType
 from typing import Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from .errors import MessageError
@@ -51,12 +52,10 @@ def check_index(index: object) -> str:
 def index_of(data: object) -> str | None:
     """Return what an Indexer says, or None for data that is none.
 
-    Builtins are never asked: a list has an `index` too.
+    Builtins are never asked, nor what inherits their `index`: a list has one too, and so has a named tuple.
     """
-    if type(data).__module__ == "builtins":
-        return None
     index = getattr(data, "index", None)
-    return check_index(index()) if callable(index) else None
+    return check_index(index()) if callable(index) and not isinstance(index, BuiltinMethodType) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from .record import DeadLetter
 from .storage.base import Storage, encode
 from .storage.protocol import Commit, Granted, Refusal, Refused, Step
 from .topics import WEEK, Topic
-from .work import Settlement, Work, error_text
+from .work import Settlement, Work, error_text, shown
 
 __all__ = ["Pipeline"]
 
@@ -140,7 +140,9 @@ class Pipeline:
             except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here
                 return self._failed(work, handler.name, exc, time.monotonic() - begun, notes)
             except BaseException:
-                self._give_back(work)
+                # Where nobody stops the worker, its handler brought this upon its process: that counts as a crash.
+                if self._stopping():
+                    self._give_back(work)
                 raise
             work.finished(handler.name)
             notes.append(("handler", work.note(handler=handler.name, seconds=time.monotonic() - begun)))
@@ -214,7 +216,7 @@ class Pipeline:
         try:
             blob = encode(letter)
         except SchemaError:
-            blob = encode(msgspec.structs.replace(letter, data=None, raw=raw or repr(data).encode()))
+            blob = encode(msgspec.structs.replace(letter, data=None, raw=raw or shown(data).encode()))
         note = {"id": id, "copy": copy, "error": letter.error, "worker": self.worker}
         known = self._find(topic) if topic else None
         commit = Commit(
@@ -368,14 +370,15 @@ def _log(commit: Commit, outcome: Outcome) -> None:
     extra = {"action": action, "topic": commit.topic, "message_id": commit.id, "index": commit.index}
     match outcome:
         case Dead(reason, error):
-            # `%r`: an error's text may hold line breaks, and a log line must not be forged by it.
-            text = "dead (%s): topic=%s index=%r id=%s error=%r"
+            # `%r`: what comes from outside may hold line breaks, and a log line must not be forged by it.
+            text = "dead (%s): topic=%r index=%r id=%r error=%r"
             # A handler's own verdict is no error.
             level = logging.INFO if reason is Reason.DISCARDED else logging.ERROR
-            logger.log(level, text, reason, commit.topic, commit.index, commit.id, error, extra=extra)
+            told = None if error is None else error_text(error)
+            logger.log(level, text, reason, commit.topic, commit.index, commit.id, told, extra=extra)
         case Retry(delay, _, error):
-            text = "retry in %.3g s: topic=%s index=%r id=%s error=%r"
-            logger.info(text, delay, commit.topic, commit.index, commit.id, error, extra=extra)
+            text = "retry in %.3g s: topic=%r index=%r id=%r error=%r"
+            logger.info(text, delay, commit.topic, commit.index, commit.id, error_text(error), extra=extra)
         case _:
-            text = "%s: topic=%s index=%r id=%s"
+            text = "%s: topic=%r index=%r id=%r"
             logger.info(text, action, commit.topic, commit.index, commit.id, extra=extra)

@@ -16,7 +16,7 @@ class RetryPolicy:
 
     Raises:
         ValueError: a number is negative or not finite.
-        TypeError: `retry_for` or `give_up_for` holds something else than exception classes.
+        TypeError: `retry_for` or `give_up_for` is no tuple of exception classes.
     """
 
     #: Tries after the first one: 0 never, None for ever.
@@ -45,7 +45,11 @@ class RetryPolicy:
             if not math.isfinite(seconds) or seconds < 0:
                 raise ValueError(f"`{name}` must be seconds, 0 or more, got {seconds!r}")
         for name in ("retry_for", "give_up_for"):
-            for kind in getattr(self, name):
+            kinds = getattr(self, name)
+            # A list would pass here and fail at the first error: `isinstance` wants a tuple.
+            if not isinstance(kinds, tuple):
+                raise TypeError(f"`{name}` must be a tuple of exception classes, got {kinds!r}")
+            for kind in kinds:
                 if not (isinstance(kind, type) and issubclass(kind, BaseException)):
                     raise TypeError(f"`{name}` must be a tuple of exception classes, it holds {kind!r}")
 

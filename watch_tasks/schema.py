@@ -17,7 +17,15 @@ __all__ = ["PlainSchema", "Schema", "dump", "load", "schema_of"]
 
 T = TypeVar("T")
 
-_encoder = msgspec.json.Encoder(order="deterministic")
+
+def _plain_model(data: Any) -> Any:
+    """Return the plain form of what msgspec does not know: a pydantic model."""
+    if hasattr(data, "model_dump"):
+        return data.model_dump(mode="json")
+    raise TypeError(f"{data!r} ({type(data).__name__}) has none")
+
+
+_encoder = msgspec.json.Encoder(order="deterministic", enc_hook=_plain_model)
 
 
 @runtime_checkable
@@ -39,7 +47,7 @@ class PlainSchema:
     """No schema: any JSON values, as they are. Dataclasses and the like are sent as JSON objects."""
 
     def encode(self, data: Any) -> Any:
-        return msgspec.to_builtins(data, str_keys=True)
+        return msgspec.to_builtins(data, str_keys=True, enc_hook=_plain_model)
 
     def decode(self, plain: Any) -> Any:
         return plain
@@ -48,19 +56,25 @@ class PlainSchema:
 class _TypeSchema(Generic[T]):
     def __init__(self, type_: type[T]) -> None:
         self.type = type_
-        # A TypedDict cannot be asked about, and a generic alias neither: convert checks those.
-        self._instances = isinstance(type_, type) and not issubclass(type_, dict)
+        # A TypedDict cannot be asked about, and a generic alias neither; a builtin says yes too soon: `True` is an
+        # int. Convert checks those.
+        own = isinstance(type_, type) and type_.__module__ != "builtins"
+        self._instances = own and not issubclass(type_, dict)
 
     def encode(self, data: T) -> Any:
         plain = msgspec.to_builtins(data, str_keys=True)
         # A dataclass checks nothing when it is made: whoever sends should learn what every worker would refuse.
-        msgspec.convert(plain, self.type)
+        self._convert(plain)
         return plain
 
     def decode(self, plain: Any) -> T:
         if self._instances and isinstance(plain, self.type):
             return plain
-        return msgspec.convert(plain, self.type)
+        return self._convert(plain)
+
+    def _convert(self, plain: Any) -> T:
+        # JSON has strings as keys only: those of a `dict[int, …]` come back as numbers.
+        return msgspec.convert(plain, self.type, str_keys=True)
 
 
 class _ModelSchema(Generic[T]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -19,7 +19,7 @@ from .storage.base import encode
 from .storage.protocol import Claim, Commit, Granted, Step
 from .topics import Topic
 
-__all__ = ["Progress", "Settlement", "Work", "error_text"]
+__all__ = ["Progress", "Settlement", "Work", "error_text", "shown"]
 
 #: Failed tries that a message carries along: the newest.
 _ATTEMPTS: Final = 100
@@ -234,12 +234,21 @@ class Settlement:
 
 def error_text(error: BaseException | str) -> str:
     """Return an error as `Type: text`, cut to 2,000 characters, and always writable as UTF-8."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {_describe(error)}"
-    return text[:_ERROR].encode("utf-8", "backslashreplace").decode()
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {_told(str, error)}"
+    return _writable(text[:_ERROR])
 
 
-def _describe(error: BaseException) -> str:
+def shown(data: Any) -> str:
+    """Return the `repr` of data that has no JSON form, always writable as UTF-8."""
+    return _writable(_told(repr, data))
+
+
+def _told(tell: Callable[[Any], str], value: Any) -> str:
     try:
-        return str(error)
+        return tell(value)
     except Exception as exc:  # noqa: BLE001 - a broken __str__ must not change what becomes of the message
         return f"<its text raised {type(exc).__name__}>"
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
