@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -425,6 +427,16 @@ class TestUrls:
         with Watcher.from_settings() as watcher:
             assert isinstance(watcher.queue, MemoryQueue)
             assert isinstance(watcher.storage, MemoryStorage)
+
+    def test_where_nothing_is_configured_it_asks_for_the_embedded_server(self, tmp_path: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", "from watch_tasks import Watcher; Watcher.from_settings()"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert "ConfigurationError: no broker is configured" in done.stderr
+        assert "watch-tasks up" in done.stderr
 
     def test_a_mapping_stands_for_the_environment(self) -> None:
         watcher = Watcher.from_settings(

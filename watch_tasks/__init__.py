@@ -161,4 +161,11 @@ def _default_outlet() -> Outlet:
     return outlet_of(__getattr__("app"))
 
 
-registry.set_default(_default_outlet)
+def _default_urls() -> tuple[str, str]:
+    """Where a Watcher without settings of its own reads and remembers: where the default app's workers do."""
+    from .worker import urls_of
+
+    return urls_of(__getattr__("app"))
+
+
+registry.set_default(_default_outlet, _default_urls)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import TopicError, did_you_mean
+from .errors import ConfigurationError, TopicError, did_you_mean
 
 if TYPE_CHECKING:
     from .topics import Outlet, Topic
@@ -22,6 +22,7 @@ class Registry:
         self._subscribers: list[Callable[[Topic[Any]], None]] = []
         self._lock = threading.RLock()
         self._default: Callable[[], Outlet] | None = None
+        self._default_urls: Callable[[], tuple[str, str]] | None = None
 
     def add(self, topic: Topic[Any], module: str) -> None:
         """Register a topic that `module` defines.
@@ -67,15 +68,25 @@ class Registry:
     def __len__(self) -> int:
         return len(self._topics)
 
-    def set_default(self, outlet: Callable[[], Outlet]) -> None:
-        """Say where topics that nobody bound send: called at their first send."""
-        self._default = outlet
+    def set_default(self, outlet: Callable[[], Outlet], urls: Callable[[], tuple[str, str]] | None = None) -> None:
+        """Say where topics that nobody bound send, and the URLs of broker and storage: each called at its first use."""
+        self._default, self._default_urls = outlet, urls
 
     def default_outlet(self) -> Outlet:
         """Return the outlet for topics that nobody bound."""
         if self._default is None:
             raise TopicError("the topic is not bound: call topic.bind(outlet), or import watch_tasks")
         return self._default()
+
+    def default_urls(self) -> tuple[str, str]:
+        """Return the URLs of the broker and of the storage, as the default app has them.
+
+        Raises:
+            ConfigurationError: its settings cannot work, or name no broker where none is embedded.
+        """
+        if self._default_urls is None:
+            raise ConfigurationError("no app is known to have settings: import watch_tasks")
+        return self._default_urls()
 
 
 #: Every topic made with `topic()` in this process.

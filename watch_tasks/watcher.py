@@ -168,12 +168,14 @@ class Watcher:
         """Return a Watcher of every registered topic, on the broker and storage that Celery workers use.
 
         Args:
-            settings: `CELERY_BROKER_URL` and `WATCH_STORAGE_BACKEND` (unset: the broker); None: the environment.
+            settings: `CELERY_BROKER_URL` and `WATCH_STORAGE_BACKEND` (unset: the broker); None: the environment,
+                `celeryconfig.py`, and where both are silent the embedded server, as for workers.
 
         Raises:
             ConfigurationError: no broker is named, or the broker cannot be the storage and none is named.
         """
-        settings = os.environ if settings is None else settings
+        if settings is None:
+            return cls(*registry.default_urls())
         broker, storage = settings.get("CELERY_BROKER_URL"), settings.get("WATCH_STORAGE_BACKEND")
         if not broker:
             raise ConfigurationError("no broker is named: set CELERY_BROKER_URL, to `redis://localhost:6379/0` say")

@@ -6,14 +6,15 @@ from typing import Any, Final
 
 from celery import Celery
 
+from ..errors import ConfigurationError
 from ..registry import registry
 from ..storage import Storage
 from ..topics import Outlet, Topic
 from .runtime import runtime_of
-from .settings import Settings, recommended
+from .settings import Settings, read_settings, recommended
 from .task import register
 
-__all__ = ["Settings", "install", "outlet_of", "settings_of", "storage_of"]
+__all__ = ["Settings", "install", "outlet_of", "settings_of", "storage_of", "urls_of"]
 
 _MARK: Final = "_watch_installed"
 
@@ -70,6 +71,19 @@ def storage_of(app: Celery) -> Storage:
         ConfigurationError: the settings cannot work.
     """
     return runtime_of(app).storage
+
+
+def urls_of(app: Celery) -> tuple[str, str]:
+    """Return the URLs of the broker and of the storage of this app, as its settings are now.
+
+    Raises:
+        ConfigurationError: the settings cannot work, or the embedded server is the broker and does not run.
+    """
+    settings = read_settings(app.conf)
+    missing = settings.missing_server()
+    if missing:
+        raise ConfigurationError(missing)
+    return settings.broker_url, settings.storage_url
 
 
 def outlet_of(app: Celery) -> Outlet:
