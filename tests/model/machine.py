@@ -14,7 +14,9 @@ from watch_tasks.message import Once
 from watch_tasks.storage.base import Storage
 from watch_tasks.storage.memory import MemoryStorage
 from watch_tasks.storage.protocol import Step
+from watch_tasks.topics import WEEK
 
+from .truth import Sent
 from .world import DAY, LEASE, Fault, Hand, Stage, World
 
 __all__ = ["StorageMachine"]
@@ -35,8 +37,6 @@ onces: st.SearchStrategy[Once] = st.sampled_from(["message", "index"])
 class StorageMachine(RuleBasedStateMachine):
     """Senders, a broker, workers, and everything that may go wrong between them and a storage."""
 
-    #: Whether the storage forgets by the clock it is given, rather than by its server's.
-    expires_by_clock: ClassVar[bool] = True
     #: Schedules run by this class so far.
     histories: ClassVar[int] = 0
 
@@ -82,6 +82,14 @@ class StorageMachine(RuleBasedStateMachine):
     @rule(pick=picks, fault=faults)
     def claim_again(self, pick: int, fault: Fault) -> None:
         self.world.claim([_pick(self._at(Stage.DELIVERED), pick)], fault)
+
+    @precondition(lambda self: self._at(Stage.DELIVERED))
+    @rule(pick=picks, fault=faults, really=st.integers(0, 2))
+    def bury_unclaimed(self, pick: int, fault: Fault, really: int) -> None:
+        if really == 0:
+            hand = _pick(self._at(Stage.DELIVERED), pick)
+            self.world.bury(hand)
+            self.world.commit([hand], fault)
 
     @precondition(lambda self: self._at(Stage.GRANTED))
     @rule(pick=picks, step=steps, delay=delays, fault=faults)
@@ -142,17 +150,37 @@ class StorageMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.world.wait(seconds)
 
-    @precondition(lambda self: self.expires_by_clock and self.world.truth.records)
-    @rule(really=st.integers(0, 5))
-    def outlive_records(self, really: int) -> None:
+    @precondition(lambda self: self.world.truth.records or self._ending())
+    @rule(really=st.integers(0, 3), seconds=st.sampled_from([DAY + 1, WEEK + 1]))
+    def outlive(self, really: int, seconds: float) -> None:
         if really == 0:
-            self.world.wait(DAY + 1)
+            self.world.wait(seconds)
 
     @precondition(lambda self: self.world.truth.records)
     @rule(index=st.sampled_from("ab"), really=st.integers(0, 2))
     def remove(self, index: str, really: int) -> None:
         if really == 0:
             self.world.remove(index)
+
+    @rule(pick=picks, index=st.sampled_from("ab"), really=st.integers(0, 4))
+    def put(self, pick: int, index: str, really: int) -> None:
+        free = [message for message in self.world.truth.sent.values() if not message.is_held()]
+        if really == 0:
+            self.world.put(index, None)
+        elif really == 1 and free:
+            message = _pick(free, pick)
+            self.world.put(message.index, message)
+
+    @precondition(lambda self: self._dead() and len(self.world.broker) < 10)
+    @rule(pick=picks)
+    def replay(self, pick: int) -> None:
+        self.world.replay(_pick(self._dead(), pick))
+
+    @precondition(lambda self: self._listed())
+    @rule(pick=picks, really=st.integers(0, 1))
+    def remove_letter(self, pick: int, really: int) -> None:
+        if really == 0:
+            self.world.remove_letter(_pick(self._listed(), pick))
 
     def teardown(self) -> None:
         # After a violation the rest of the story would only hide it behind another one.
@@ -162,6 +190,15 @@ class StorageMachine(RuleBasedStateMachine):
 
     def _at(self, stage: Stage) -> list[Hand]:
         return [hand for hand in self.world.hands if hand.stage is stage]
+
+    def _dead(self) -> list[Sent]:
+        return [message for message in self._listed() if message.is_dead]
+
+    def _listed(self) -> list[Sent]:
+        return [message for message in self.world.truth.sent.values() if message.is_listed]
+
+    def _ending(self) -> list[Sent]:
+        return [message for message in self.world.truth.sent.values() if message.forget_at is not None]
 
     def _leaving(self) -> list[Hand]:
         return [hand for hand in self._at(Stage.DECIDED) if hand.grant]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final
 
@@ -66,6 +67,8 @@ class Hand:
     worker: str
     stage: Stage = Stage.DELIVERED
     grant: Grant | None = None
+    #: What it asked first; asked again because no answer came, it is the same.
+    claim: Claim | None = None
     commit: Commit | None = None
 
 
@@ -80,6 +83,7 @@ class World:
         self.hands: list[Hand] = []
         self.workers = ["w1", "w2", "w3"]
         self.born = len(self.workers)
+        self.askings = 0
 
     # -- senders
 
@@ -112,7 +116,8 @@ class World:
             self.hands.remove(hand)
 
     def check_kept(self, message: Sent) -> None:
-        if not message.is_finished and all(entry.message is not message for entry in self.broker):
+        is_queued = any(entry.message is message for entry in self.broker)
+        if not (is_queued or message.is_finished or message.is_listed):
             raise Violation(Invariant.VANISHED, f"the last copy of {message.id} was acked")
 
     # -- workers
@@ -138,7 +143,10 @@ class World:
 
     def _claim(self, hand: Hand) -> Claim:
         message = hand.entry.message
-        return Claim(
+        if hand.claim:
+            return hand.claim
+        self.askings += 1
+        hand.claim = Claim(
             topic=TOPIC,
             index=message.index,
             id=message.id,
@@ -149,7 +157,9 @@ class World:
             digest=message.digest,
             retention=DAY,
             sent_at=self.time,
+            nonce=f"n{self.askings}",
         )
+        return hand.claim
 
     def _answered(self, hand: Hand, answer: Granted | Refused) -> None:
         if isinstance(answer, Granted):
@@ -159,7 +169,7 @@ class World:
             case Refusal.BUSY:
                 self.back(hand, answer.seconds)
             case Refusal.CONFLICT:
-                hand.stage, hand.commit = Stage.DECIDED, self._commit(hand, Step.DEAD, 0.0)
+                self.bury(hand)
             case _:
                 self.ack(hand)
 
@@ -171,6 +181,10 @@ class World:
         hand.stage, hand.commit = Stage.DECIDED, self._commit(hand, step, delay)
         if hand.grant:
             hand.entry.message.excuses += step is Step.MARK
+
+    def bury(self, hand: Hand) -> None:
+        """Decide that a delivery that nobody may handle is dead: it cannot be read, or was revoked."""
+        hand.stage, hand.commit = Stage.DECIDED, self._commit(hand, Step.DEAD, 0.0)
 
     def _commit(self, hand: Hand, step: Step, delay: float) -> Commit:
         message, grant = hand.entry.message, hand.grant
@@ -247,8 +261,8 @@ class World:
     def release(self, hand: Hand, *, crashed: bool) -> None:
         """The main process gives back what its dead child, or itself, held."""
         id = hand.entry.message.id
-        self.storage.release(hand.worker, [id], crashed=crashed)
-        self.truth.released(hand.worker, [id])
+        (crashes,) = self.storage.release(hand.worker, [id], crashed=crashed)
+        self.truth.released(hand.worker, id, crashes, crashed=crashed, now=self.time)
         for other in [other for other in self.hands if other.worker == hand.worker]:
             if other.entry.message is hand.entry.message and other.stage in (Stage.GRANTED, Stage.DECIDED):
                 self.back(other, 0.0)
@@ -268,6 +282,26 @@ class World:
         if removed != (self.truth.records.pop(index, None) is not None):
             raise Violation(Invariant.RECORD, f"removing {index} returned {removed}")
 
+    def put(self, index: str, message: Sent | None) -> None:
+        """Keep that something was handled elsewhere: a message that nobody holds, or none of those sent."""
+        id, digest = (message.id, message.digest) if message else ("elsewhere", "d1")
+        handled_at = datetime.fromtimestamp(self.time, UTC)
+        record = Record(topic=TOPIC, index=index, id=id, digest=digest, handled_at=handled_at)
+        self.storage.put(record, retention=DAY)
+        self.truth.put(id, index, digest, self.time + DAY)
+        self.check_storage()
+
+    def replay(self, message: Sent) -> None:
+        assert message.copy is not None
+        self.publish(message, message.copy + 1, 0.0)
+
+    def remove_letter(self, message: Sent) -> None:
+        removed = self.storage.dead_remove(message.id)
+        if removed != message.is_listed:
+            raise Violation(Invariant.LETTER, f"removing that of {message.id} returned {removed}")
+        self.truth.letter_removed(message, self.time)
+        self.check_storage()
+
     # -- judgement
 
     def check_storage(self) -> None:
@@ -278,11 +312,13 @@ class World:
         if self.storage.len(TOPIC) != len(self.truth.records):
             raise Violation(Invariant.RECORD, f"{self.storage.len(TOPIC)} records, not {len(self.truth.records)}")
         for message in self.truth.sent.values():
-            if message.is_dead and self.storage.dead_get(message.id) is None:
-                raise Violation(Invariant.LETTER, message.id)
+            if (self.storage.dead_get(message.id) is not None) != message.is_listed:
+                raise Violation(Invariant.LETTER, f"{message.id} is {'not ' * message.is_listed}listed")
         counters = self.storage.counters(TOPIC)
         if (counters.handled, counters.retries) != (self.truth.handled, self.truth.retries):
             raise Violation(Invariant.RECORD, f"{counters} does not count {self.truth.handled} handled")
+        if counters.dead != sum(message.is_listed for message in self.truth.sent.values()):
+            raise Violation(Invariant.LETTER, f"{counters.dead} are counted")
 
     def drain(self) -> None:
         """End every worker, and let one healthy worker finish what the broker keeps."""

@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import StorageClosedError
 from ..record import Counters, Record
@@ -52,6 +52,8 @@ class _State:
     exclusive: bool = False
     crashes: int = 0
     progress: bytes | None = None
+    #: When it is forgotten: only where no message waits for it.
+    expires: float = _NEVER
 
 
 @dataclass(slots=True)
@@ -103,8 +105,14 @@ class MemoryStorage(Storage):
         self._dead_letters: dict[str, tuple[float, str, bytes]] = {}
         self._stories: dict[_Key, _Story] = {}
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        #: (when, what, which): records, marks and stories whose time may have come.
+        #: (when, what, which): records, marks, states and stories whose time may have come.
         self._expiries: list[tuple[float, str, _Key | str]] = []
+        self._kept: dict[str, dict[Any, Any]] = {
+            "record": self._records,
+            "mark": self._marks,
+            "state": self._states,
+            "story": self._stories,
+        }
 
     def close(self) -> None:
         self._closed = True
@@ -120,9 +128,8 @@ class MemoryStorage(Storage):
         key = (claim.topic, claim.index)
         record, state = self._records.get(key), self._states.get(claim.id)
         if (record and record.id == claim.id) or claim.id in self._marks:
-            return self._refuse(claim, Refusal.DUPLICATE, now, forget=True)
-        if state is None:
-            self._note(key, claim.sent_at, "sent", claim.note, claim.retention, now)
+            self._forget(claim.id)
+            return self._refuse(claim, Refusal.DUPLICATE, now)
         copy = claim.copy
         if state:
             if self._is_asked_again(claim, state):
@@ -133,17 +140,22 @@ class MemoryStorage(Storage):
                 return refused
             copy = max(copy, state.copy)
         if claim.once == "index":
+            if record and record.digest != claim.digest:
+                return self._refuse(claim, Refusal.CONFLICT, now)
             if record:
-                why = Refusal.DUPLICATE if record.digest == claim.digest else Refusal.CONFLICT
-                return self._refuse(claim, why, now, forget=why is Refusal.DUPLICATE)
+                self._forget(claim.id)
+                return self._refuse(claim, Refusal.DUPLICATE, now)
             rival = self._rival(key, claim.id, now)
             if rival:
                 return self._refuse(claim, Refusal.BUSY, now, rival.until - now)
             self._holders[key] = claim.id
         if state is None:
+            self._note(key, claim.sent_at, "sent", claim.note, claim.retention, now)
             state = self._states[claim.id] = _State(key, copy, _Status.WAITING)
         elif state.status in (_Status.REPLAYING, _Status.DEAD):
+            # The replay arrived: it starts afresh, and its letter need not be listed any longer.
             self._dead_letters.pop(claim.id, None)
+            state.crashes, state.progress = 0, None
         elif state.status is _Status.RUNNING and state.copy == copy and state.started:
             state.crashes += 1
         token = self._next_token(now)
@@ -151,7 +163,7 @@ class MemoryStorage(Storage):
         state.carried = max(state.carried, claim.copy)
         state.first_token = state.first_token or token
         state.worker, state.until, state.started = claim.worker, now + claim.lease, claim.started
-        state.nonce, state.exclusive = claim.nonce, claim.once == "index"
+        state.nonce, state.exclusive, state.expires = claim.nonce, claim.once == "index", _NEVER
         self._note(key, now, "attempt", claim.note, claim.retention, now)
         return Granted(token, copy, state.progress, state.crashes, now)
 
@@ -184,11 +196,7 @@ class MemoryStorage(Storage):
         state = self._states.get(holder) if holder != id else None
         return state if state and state.status is _Status.RUNNING and now < state.until else None
 
-    def _refuse(self, claim: Claim, why: Refusal, now: float, seconds: float = 0.0, *, forget: bool = False) -> Refused:
-        if forget:
-            state = self._states.pop(claim.id, None)
-            if state and state.status is _Status.REPLAYING:
-                self._dead_letters.pop(claim.id, None)
+    def _refuse(self, claim: Claim, why: Refusal, now: float, seconds: float = 0.0) -> Refused:
         if why is Refusal.DUPLICATE:
             self._counts[claim.topic]["duplicates"] += 1
         if why is not Refusal.CONFLICT:
@@ -212,11 +220,13 @@ class MemoryStorage(Storage):
             now = self._now()
             counts = []
             for id in ids:
-                state = self._states.get(id)
-                if state is None:
-                    state = _State(None, 0, _Status.WAITING, until=now, crashes=int(crashed))
-                    if crashed:
+                state = self._states.get(id) or _State(None, 0, _Status.WAITING, until=now)
+                if not state.token:
+                    state.crashes += crashed
+                    if crashed and state.status is _Status.WAITING:
+                        # Never claimed, under once="none", or done: nothing else ends what is known of it.
                         self._states[id] = state
+                        self._expire_state(id, state, now)
                 elif state.status is _Status.RUNNING and state.worker == worker:
                     state.crashes += crashed and state.started
                     self._give_up(id, state)
@@ -233,7 +243,7 @@ class MemoryStorage(Storage):
         state = self._states.get(commit.id)
         key = (commit.topic, commit.index) if commit.index is not None else None
         if commit.token is None:
-            if commit.step is Step.DEAD and self._is_settled(key, commit.id):
+            if commit.step is Step.DEAD and self._is_settled(key, commit, state):
                 return True
         elif not self._may_settle(commit, state):
             if self._is_repeated(commit, state, key):
@@ -285,9 +295,11 @@ class MemoryStorage(Storage):
                 return state.status is _Status.DEAD
         return False
 
-    def _is_settled(self, key: _Key | None, id: str) -> bool:
-        record = self._records.get(key) if key else None
-        return id in self._dead_letters or id in self._marks or bool(record and record.id == id)
+    def _is_settled(self, key: _Key | None, commit: Commit, state: _State | None) -> bool:
+        """Whether a burial without claim comes too late: an id is buried once, and not after it was done."""
+        record, id = self._records.get(key) if key else None, commit.id
+        is_dead = state and state.status is _Status.DEAD and commit.copy <= state.copy
+        return bool(is_dead or id in self._dead_letters or id in self._marks or (record and record.id == id))
 
     def _finish(self, commit: Commit, state: _State | None, now: float) -> None:
         key = (commit.topic, commit.index or "")
@@ -301,9 +313,7 @@ class MemoryStorage(Storage):
         else:
             self._store(key, _Entry(now, expires, commit.id, first, token, commit.digest, commit.blob))
         self._counts[commit.topic]["handled"] += 1
-        if state:
-            self._give_up(commit.id, state)
-            del self._states[commit.id]
+        self._forget(commit.id)
 
     def _is_newer(self, record: _Entry, first_token: int) -> bool:
         return record.first_token > first_token
@@ -317,8 +327,17 @@ class MemoryStorage(Storage):
         if state is None:
             key = (commit.topic, commit.index) if commit.index is not None else None
             state = self._states[commit.id] = _State(key, commit.copy, _Status.DEAD)
-        state.copy, state.status = max(state.copy, commit.copy), _Status.DEAD
+        elif commit.token is None and state.token:
+            state.token = self._next_token(now)  # it takes over: an older claim settles nothing any more
+        state.copy, state.status, state.expires = max(state.copy, commit.copy), _Status.DEAD, _NEVER
         self._give_up(commit.id, state)
+
+    def _forget(self, id: str) -> None:
+        """It is done for good: nothing unfinished is known of it any more, and it is not listed as dead."""
+        self._dead_letters.pop(id, None)
+        state = self._states.pop(id, None)
+        if state:
+            self._give_up(id, state)
 
     def _give_up(self, id: str, state: _State) -> None:
         if state.key and self._holders.get(state.key) == id:
@@ -340,6 +359,9 @@ class MemoryStorage(Storage):
             entry = _Entry(at, expires, record.id, token, token, record.digest, blob)
             self._store((record.topic, record.index), entry)
             self._counts[record.topic]
+            state = self._states.get(record.id)
+            if state and state.status is not _Status.RUNNING and expires > now:
+                self._forget(record.id)
             self._now()
 
     def _remove(self, topic: str, indexes: Sequence[str], note: bytes) -> int:
@@ -411,6 +433,9 @@ class MemoryStorage(Storage):
         with self._lock:
             now = self._now()
             found = self._dead_letters.pop(id, None) is not None
+            state = self._states.get(id)
+            if found and state and state.status is _Status.DEAD:
+                self._expire_state(id, state, now)
             if found and index is not None:
                 self._note((topic, index), now, "removed", note, WEEK, now)
             return found
@@ -460,8 +485,7 @@ class MemoryStorage(Storage):
         now = self._clock()
         while self._expiries and self._expiries[0][0] <= now:
             _, what, which = heapq.heappop(self._expiries)
-            kept: dict[object, _Entry | _Mark | _Story]
-            kept = {"record": self._records, "mark": self._marks, "story": self._stories}[what]  # type: ignore[assignment]
+            kept: dict[object, _Entry | _Mark | _State | _Story] = self._kept[what]
             thing = kept.get(which)
             if thing and thing.expires > now:
                 self._expire(what, which, thing.expires)
@@ -474,6 +498,10 @@ class MemoryStorage(Storage):
     def _expire(self, what: str, which: _Key | str, when: float) -> None:
         if when < _NEVER:
             heapq.heappush(self._expiries, (when, what, which))
+
+    def _expire_state(self, id: str, state: _State, now: float) -> None:
+        state.expires = now + WEEK
+        self._expire("state", id, state.expires)
 
     def _next_token(self, now: float) -> int:
         self._last_token = max(self._last_token + 1, int(now * 1_000_000))

@@ -109,6 +109,58 @@ class ClaimPromises:
 
         assert refusal(storage, ask()) is Refusal.DUPLICATE
 
+    def test_a_replayed_message_starts_afresh(self, storage: Storage) -> None:
+        claim = ask()
+        grant(storage, claim)
+        storage.release("w1", ["m1"], crashed=True)
+        granted = grant(storage, claim)
+        assert storage.commit(settle(Step.MARK, claim, granted, blob=b"progress"))
+        assert storage.commit(settle(Step.DEAD, claim, granted))
+
+        replayed = grant(storage, ask(copy=1))
+
+        assert (granted.crashes, replayed.crashes, replayed.progress) == (1, 0, None)
+
+    def test_once_index_the_replay_of_an_overtaken_message_is_a_duplicate_and_its_letter_is_gone(
+        self, storage: Storage
+    ) -> None:
+        claim = ask("m1", once="index")
+        assert storage.commit(settle(Step.DEAD, claim, grant(storage, claim)))
+        handle(storage, "m2", once="index")
+
+        assert refusal(storage, ask("m1", once="index", copy=1)) is Refusal.DUPLICATE
+        assert storage.dead_get("m1") is None
+
+    def test_a_removed_dead_letter_is_known_for_a_week(self, storage: Storage, clock: ManualClock) -> None:
+        claim = ask()
+        assert storage.commit(settle(Step.DEAD, claim, grant(storage, claim)))
+        storage.dead_remove("m1")
+        clock.advance(WEEK - 1)
+        within = refusal(storage, ask())
+        clock.advance(1)
+
+        assert within is Refusal.DUPLICATE
+        assert grant(storage, ask()).crashes == 0
+
+    def test_a_dead_message_is_known_while_its_letter_is_listed(self, storage: Storage, clock: ManualClock) -> None:
+        claim = ask()
+        assert storage.commit(settle(Step.DEAD, claim, grant(storage, claim)))
+        clock.advance(100 * WEEK)
+
+        assert refusal(storage, ask()) is Refusal.DUPLICATE
+
+    def test_what_died_again_after_its_letter_was_removed_is_known_for_longer(
+        self, storage: Storage, clock: ManualClock
+    ) -> None:
+        claim = ask()
+        assert storage.commit(settle(Step.DEAD, claim, grant(storage, claim)))
+        storage.dead_remove("m1")
+        again = ask(copy=1)
+        assert storage.commit(settle(Step.DEAD, again, grant(storage, again)))
+        clock.advance(2 * WEEK)
+
+        assert refusal(storage, again) is Refusal.DUPLICATE
+
     # -- waiting
 
     @pytest.mark.parametrize("seconds", [0, 30, 60, 1000])
@@ -345,6 +397,28 @@ class ClaimPromises:
         assert [event.worker for event in events[:3]] == ["w1", "w1", "w2"]
         assert events[0].at.timestamp() == claim.sent_at
         assert events[1].at.timestamp() == pytest.approx(clock(), abs=1e-5)
+
+    def test_the_sending_of_a_message_is_told_once_though_it_is_busy_often(self, storage: Storage) -> None:
+        first = ask("m1", once="index")
+        granted = grant(storage, first)
+        storage.claim(ask("m2", once="index"))
+        storage.claim(ask("m2", once="index"))
+        assert storage.commit(settle(Step.RELEASED, first, granted))
+        grant(storage, ask("m2", once="index"))
+
+        told = [event.event for event in storage.explain(TOPIC, "order-1") if event.id == "m2"]
+
+        assert told == ["busy", "busy", "sent", "attempt"]
+
+    def test_the_sending_of_what_is_never_granted_is_not_told(self, storage: Storage) -> None:
+        handle(storage, "m1", once="index")
+        storage.claim(ask("m2", once="index"))
+        storage.claim(ask("m2", once="index"))
+        storage.claim(ask("m3", once="index", digest="d2"))
+
+        told = [event.event for event in storage.explain(TOPIC, "order-1") if event.id != "m1"]
+
+        assert told == ["suppressed", "suppressed"]
 
     def test_a_conflict_is_left_to_the_burial_to_tell(self, storage: Storage) -> None:
         handle(storage, "m1", once="index")

@@ -290,6 +290,50 @@ class CommitPromises:
 
         finish(storage, claim, granted)
 
+    def test_a_burial_without_claim_takes_over_what_nobody_renewed(self, storage: Storage, clock: ManualClock) -> None:
+        claim = ask()
+        lost = grant(storage, claim)
+        clock.advance(LEASE)
+        assert storage.commit(unclaimed(Step.DEAD, error="first"))
+
+        assert not storage.commit(settle(Step.HANDLED, claim, lost))
+        assert not storage.commit(settle(Step.DEAD, claim, lost))
+        found = storage.dead_get("m1")
+        assert found is not None
+        assert found.error == "first"
+
+    def test_what_is_handled_after_its_burial_is_listed_no_more(self, storage: Storage) -> None:
+        claim = ask()
+        granted = grant(storage, claim)
+        assert storage.commit(unclaimed(Step.DEAD))
+        assert storage.dead_get("m1")
+        finish(storage, claim, granted)
+
+        assert storage.dead_get("m1") is None
+        assert list(storage.dead()) == []
+        assert storage.counters(TOPIC) == Counters(handled=1)
+
+    def test_what_is_put_as_handled_is_listed_no_more(self, storage: Storage, clock: ManualClock) -> None:
+        claim = ask()
+        assert storage.commit(settle(Step.DEAD, claim, grant(storage, claim)))
+        storage.put(record("order-1", id="m1", at=clock()))
+
+        assert storage.dead_get("m1") is None
+
+    def test_what_is_put_with_its_retention_over_stays_listed(self, storage: Storage, clock: ManualClock) -> None:
+        claim = ask()
+        assert storage.commit(settle(Step.DEAD, claim, grant(storage, claim)))
+        storage.put(record("order-1", id="m1", at=clock() - WEEK))
+
+        assert storage.dead_get("m1")
+
+    def test_a_removed_letter_is_not_written_again_by_a_redelivery(self, storage: Storage) -> None:
+        assert storage.commit(unclaimed(Step.DEAD))
+        assert storage.dead_remove("m1")
+        assert storage.commit(unclaimed(Step.DEAD))
+
+        assert storage.dead_get("m1") is None
+
     def test_a_letter_may_have_neither_topic_nor_index(self, storage: Storage) -> None:
         assert storage.commit(unclaimed(Step.DEAD, "hash", None, topic=""))
 

@@ -6,8 +6,9 @@ import pytest
 
 from ..storage.base import Storage
 from ..storage.protocol import Refusal, Step
+from ..topics import WEEK
 from .clock import ManualClock
-from .storage_values import LEASE, ask, grant, handle, refusal, settle, wait
+from .storage_values import LEASE, ask, grant, handle, refusal, settle, unclaimed, wait
 
 __all__ = ["LeasePromises"]
 
@@ -86,6 +87,45 @@ class LeasePromises:
         assert storage.release("w1", ["m1"], crashed=True) == [1]
 
         assert grant(storage, ask()).crashes == 1
+
+    def test_each_crash_of_an_unclaimed_message_counts(self, storage: Storage) -> None:
+        counts = [storage.release("w1", ["m1"], crashed=True) for _ in range(3)]
+
+        assert counts == [[1], [2], [3]]
+        assert storage.release("w1", ["m1"]) == [3]
+
+    def test_the_crash_of_a_dead_message_that_was_never_claimed_counts(self, storage: Storage) -> None:
+        assert storage.commit(unclaimed(Step.DEAD))
+
+        assert [storage.release("w1", ["m1"], crashed=True) for _ in range(2)] == [[1], [2]]
+        assert refusal(storage, ask()) is Refusal.DUPLICATE
+
+    def test_the_crash_of_an_unclaimed_message_is_forgotten_a_week_after_the_last(
+        self, storage: Storage, clock: ManualClock
+    ) -> None:
+        storage.release("w1", ["m1", "m2"], crashed=True)
+        clock.advance(WEEK - 1)
+        storage.release("w1", ["m2"], crashed=True)
+        clock.advance(1)
+
+        assert [grant(storage, ask(id)).crashes for id in ("m1", "m2")] == [0, 2]
+
+    def test_a_crash_after_a_message_was_done_does_not_count_against_its_next_life(
+        self, storage: Storage, clock: ManualClock
+    ) -> None:
+        handle(storage)
+        storage.release("w1", ["m1"], crashed=True)
+        clock.advance(WEEK)
+
+        assert grant(storage, ask()).crashes == 0
+
+    def test_a_crash_that_was_remembered_is_kept_with_the_claim(self, storage: Storage, clock: ManualClock) -> None:
+        storage.release("w1", ["m1"], crashed=True)
+        claim = ask()
+        assert storage.commit(settle(Step.RETRY, claim, grant(storage, claim), delay=2 * WEEK))
+        clock.advance(2 * WEEK)
+
+        assert grant(storage, ask(copy=1)).crashes == 1
 
     def test_a_claim_whose_answer_was_lost_is_granted_again(self, storage: Storage, clock: ManualClock) -> None:
         granted = grant(storage, ask(once="index", nonce="n1"))

@@ -4,21 +4,13 @@
 local NAMES = {'topic', 'index', 'id', 'copy', 'once', 'worker', 'lease', 'digest', 'retention', 'sent_at', 'started',
   'nonce'}
 
-local function refuse(claim, why, events, wait)
+local function refuse(claim, why, wait)
   if why == 'duplicate' then count(claim.topic, 'duplicates', 1) end
   if why ~= 'conflict' then
     local kind = why == 'busy' and 'busy' or 'suppressed'
-    events[#events + 1] = event(NOW, kind, claim.note, claim.expires)
+    tell(claim.topic, claim.index, claim.retention, {event(NOW, kind, claim.note, claim.expires)})
   end
-  tell(claim.topic, claim.index, claim.retention, events)
   return {why, wait or 0}
-end
-
--- It is done for good: nothing unfinished is known of it any more.
-local function forget(id, state)
-  if not state then return end
-  if state.status == 'replaying' then drop_letter(id) end
-  redis.call('DEL', of_id('s', id))
 end
 
 -- This very claim was granted, and its answer lost: refused now, it would count as a crash later.
@@ -32,47 +24,51 @@ local function check_copy(claim, state)
   local is_alive = state.status == 'running' or state.status == 'waiting'
   -- A higher copy was delivered and claimed: this one is stale, whatever became of that lease.
   if is_alive and claim.copy < state.carried then return {'stale', 0} end
-  if state.status == 'dead' and (older or same) then return refuse(claim, 'duplicate', {}) end
-  if state.status == 'replaying' and older then return refuse(claim, 'duplicate', {}) end
+  if state.status == 'dead' and (older or same) then return refuse(claim, 'duplicate') end
+  if state.status == 'replaying' and older then return refuse(claim, 'duplicate') end
   if state.status == 'waiting' and older and NOW < state['until'] + claim.lease then
     -- Its retry may still be published; once that is overdue by a lease, this delivery stands in for it.
-    return refuse(claim, 'busy', {}, state['until'] + claim.lease - NOW)
+    return refuse(claim, 'busy', state['until'] + claim.lease - NOW)
   end
   if state.status == 'running' and NOW < state['until'] then
     -- An older copy too: it may be the one that stands in, handed over once more.
-    return refuse(claim, 'busy', {}, state['until'] - NOW)
+    return refuse(claim, 'busy', state['until'] - NOW)
   end
   return nil
 end
 
 -- once="index": a record of the index settles it, a running holder makes wait; waiting and dead hold nothing.
-local function check_index(claim, record, state, events)
+local function check_index(claim, record, state)
   if record and record.digest == claim.digest then
-    forget(claim.id, state)
-    return refuse(claim, 'duplicate', events)
+    forget(state)
+    return refuse(claim, 'duplicate')
   end
-  if record then return refuse(claim, 'conflict', events) end
+  if record then return refuse(claim, 'conflict') end
   local id = redis.call('GET', of_index('h', claim.topic, claim.index))
   local holder = id and id ~= claim.id and read_state(id)
   if holder and holder.status == 'running' and NOW < holder['until'] then
-    return refuse(claim, 'busy', events, holder['until'] - NOW)
+    return refuse(claim, 'busy', holder['until'] - NOW)
   end
   redis.call('SET', of_index('h', claim.topic, claim.index), claim.id)
   return nil
 end
 
-local function grant(claim, state, events)
-  local copy, crashes = claim.copy, 0
-  if state then
+local function grant(claim, state)
+  local events, copy, crashes = {}, claim.copy, 0
+  if not state then
+    events[1] = event(micros(claim.sent_at), 'sent', claim.note, claim.expires)
+  else
     copy, crashes = math.max(copy, state.copy), state.crashes
     if state.status == 'replaying' or state.status == 'dead' then
-      -- The replay arrived: its letter need not be listed any longer.
+      -- The replay arrived: it starts afresh, and its letter need not be listed any longer.
       drop_letter(claim.id)
+      crashes, state.progress = 0, nil
+      redis.call('HDEL', of_id('s', claim.id), 'progress')
     elseif state.status == 'running' and state.copy == copy and state.started then
       -- The same copy again after its lease: its handler took the worker down.
       crashes = crashes + 1
     end
-    if state.status ~= 'running' then redis.call('PERSIST', of_id('s', claim.id)) end
+    keep_state(state)
   end
   local token = next_token()
   local first = state and state.first > 0 and state.first or token
@@ -97,8 +93,8 @@ local function claim_one(claim)
   local record, state = read_record(claim.topic, claim.index), read_state(claim.id)
   -- Done: its record says so, or the mark it left when the record was replaced or removed.
   if (record and record.id == claim.id) or mark_token(claim.id) then
-    forget(claim.id, state)
-    return refuse(claim, 'duplicate', {})
+    forget(state)
+    return refuse(claim, 'duplicate')
   end
   if state and is_asked_again(claim, state) then
     redis.call('HSET', of_id('s', claim.id), 'until', digits(NOW + claim.lease))
@@ -106,13 +102,11 @@ local function claim_one(claim)
   end
   local refused = state and check_copy(claim, state)
   if refused then return refused end
-  local events = {}
-  if not state then events[1] = event(micros(claim.sent_at), 'sent', claim.note, claim.expires) end
   if claim.once == 'index' then
-    refused = check_index(claim, record, state, events)
+    refused = check_index(claim, record, state)
     if refused then return refused end
   end
-  return grant(claim, state, events)
+  return grant(claim, state)
 end
 
 local answers = {}

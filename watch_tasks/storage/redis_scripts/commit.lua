@@ -28,10 +28,7 @@ local function handled(commit, state, record)
     write_record(commit.topic, commit.index, record, new, commit.blob)
   end
   count(commit.topic, 'handled', 1)
-  if state then
-    give_up(state)
-    redis.call('DEL', of_id('s', commit.id))
-  end
+  forget(state)
 end
 
 local function waits(commit, state)
@@ -51,7 +48,11 @@ local function bury(commit, state)
   if not commit.token and state and state.status == 'running' and NOW < state['until'] then return end
   redis.call('HSET', of_id('s', commit.id), 'copy', math.max(state and state.copy or 0, commit.copy), 'status', 'dead')
   if state then
-    redis.call('PERSIST', of_id('s', commit.id))
+    -- It takes over: an older claim settles nothing any more.
+    if not commit.token and state.token > 0 then
+      redis.call('HSET', of_id('s', commit.id), 'token', digits(next_token()))
+    end
+    keep_state(state)
     give_up(state)
   end
 end
@@ -63,7 +64,8 @@ local function commit_one(commit)
   if not commit.token then
     -- Unclaimed: nothing is fenced, but an id is buried once, and not after it was done.
     local done = mark_token(commit.id) or (record and record.id == commit.id)
-    if commit.step == 'dead' and (done or redis.call('EXISTS', of_id('d', commit.id)) == 1) then return 1 end
+    local dead = state and state.status == 'dead' and commit.copy <= state.copy
+    if commit.step == 'dead' and (done or dead or redis.call('EXISTS', of_id('d', commit.id)) == 1) then return 1 end
   elseif not state or state.token ~= commit.token or not is_held(state) then
     if is_repeated(commit, state, record) then return 1 end
     if commit.index then

@@ -165,9 +165,11 @@ end
 
 local FIELDS = {
   'copy', 'carried', 'status', 'token', 'first', 'worker', 'nonce', 'until', 'started', 'exclusive', 'crashes', 'progress', 'topic',
-  'index',
+  'index', 'expires',
 }
-local NUMBERS = {copy = true, carried = true, token = true, first = true, ['until'] = true, crashes = true}
+local NUMBERS = {
+  copy = true, carried = true, token = true, first = true, ['until'] = true, crashes = true, expires = true,
+}
 
 local function read_state(id)
   local values = redis.call('HMGET', of_id('s', id), unpack(FIELDS))
@@ -178,7 +180,25 @@ local function read_state(id)
     if NUMBERS[name] then value = tonumber(value or 0) end
     state[name] = value
   end
+  if state.expires > 0 and state.expires <= NOW then
+    redis.call('DEL', of_id('s', id))
+    return nil
+  end
   return state
+end
+
+-- Nothing waits for it: it is forgotten after a week.
+local function expire_state(id)
+  local expires = NOW + micros(WEEK)
+  redis.call('HSET', of_id('s', id), 'expires', digits(expires))
+  redis.call('PEXPIRE', of_id('s', id), px(expires))
+end
+
+-- Something waits for it again.
+local function keep_state(state)
+  if state.expires == 0 then return end
+  redis.call('HDEL', of_id('s', state.id), 'expires')
+  redis.call('PERSIST', of_id('s', state.id))
 end
 
 -- An expired lease that nobody took over still counts; under once="index", so does only who holds the index.
@@ -210,6 +230,15 @@ local function drop_letter(id)
   redis.call('ZREM', PREFIX .. 'letters', id)
   redis.call('ZREM', of_topic('l', topic), id)
   return true
+end
+
+-- It is done for good: nothing unfinished is known of it any more, and it is not listed as dead. Whatever has a letter
+-- has a state.
+local function forget(state)
+  if not state then return end
+  drop_letter(state.id)
+  give_up(state)
+  redis.call('DEL', of_id('s', state.id))
 end
 
 -- The time-ordered sets keep members of records that the server expired until some later write trims them:

@@ -2,9 +2,8 @@
 
 local request = named({'id', 'topic', 'index'}, REQUEST)
 if not drop_letter(request.id) then return 0 end
-if redis.call('HGET', of_id('s', request.id), 'status') == 'dead' then
-  redis.call('PEXPIRE', of_id('s', request.id), WEEK * 1000)
-end
+local state = read_state(request.id)
+if state and state.status == 'dead' then expire_state(request.id) end
 if request.index then
   tell(request.topic, request.index, WEEK, {event(NOW, 'removed', take(), expiry(WEEK, NOW))})
 end

@@ -5,4 +5,6 @@ local old, token, at = read_record(record.topic, record.index), next_token(), mi
 local new = {at = at, expires = expiry(record.retention, at), first = token, token = token, id = record.id, digest = record.digest}
 write_record(record.topic, record.index, old, new, take())
 count(record.topic)
+local state = read_state(record.id)
+if state and state.status ~= 'running' and new.expires > NOW then forget(state) end
 return finish(1, 1)

@@ -4,12 +4,13 @@ local request = named({'worker', 'ids', 'crashed'}, REQUEST)
 
 local function release(id)
   local key, state = of_id('s', id), read_state(id)
-  if not state then
-    if not request.crashed then return 0 end
-    -- Never claimed, under the rule "none": only its crashes are remembered.
-    redis.call('HSET', key, 'copy', 0, 'status', 'waiting', 'until', digits(NOW), 'crashes', 1)
-    redis.call('PEXPIRE', key, WEEK * 1000)
-    return 1
+  local crashes = state and state.crashes or 0
+  if not state or state.token == 0 then
+    -- Never claimed, under once="none", or done: nothing else ends what is known of it.
+    if not request.crashed then return crashes end
+    if not state then redis.call('HSET', key, 'copy', 0, 'status', 'waiting', 'until', digits(NOW)) end
+    if not state or state.status == 'waiting' then expire_state(id) end
+    return redis.call('HINCRBY', key, 'crashes', 1)
   end
   if state.status == 'running' and state.worker == request.worker then
     -- Only a handler that had started counts.
