@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from watch_tasks.storage.base import Storage
-from watch_tasks.storage.memory import MemoryStorage, _Entry, _Key, _State, _Status
+from watch_tasks.storage.memory import MemoryStorage, _State, _Status
+from watch_tasks.storage.memory_records import Entry, Key
 from watch_tasks.storage.protocol import Claim, Commit, Refusal, Refused
 
 from .machine import StorageMachine
@@ -64,7 +65,7 @@ class LateCarrier(MemoryStorage):
 class NoFirstToken(MemoryStorage):
     """Whoever finishes last has the record."""
 
-    def _is_newer(self, record: _Entry, first_token: int) -> bool:
+    def _is_newer(self, record: Entry, first_token: int) -> bool:
         return False
 
 
@@ -78,7 +79,7 @@ class NoMarks(MemoryStorage):
 class NoHolder(MemoryStorage):
     """Messages of one index run side by side."""
 
-    def _rival(self, key: _Key, id: str, now: float) -> _State | None:
+    def _rival(self, key: Key, id: str, now: float) -> _State | None:
         return None
 
 

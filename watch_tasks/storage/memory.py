@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
-import threading
 import time
-from bisect import bisect_left
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..errors import StorageClosedError
-from ..record import Counters, Record
+from ..record import Record
 from ..topics import WEEK
-from .base import Storage, Stored
-from .protocol import STORY_LENGTH, Claim, Commit, Granted, Refusal, Refused, Step
+from .memory_records import NEVER, Entry, Key, MemoryRecords
+from .protocol import Claim, Commit, Granted, Refusal, Refused, Step
 
 __all__ = ["MemoryStorage"]
-
-_Key = tuple[str, str]  # topic, index
-_NEVER = float("inf")
 
 
 class _Status(StrEnum):
@@ -35,7 +27,7 @@ class _Status(StrEnum):
 class _State:
     """What is known of an unfinished message."""
 
-    key: _Key | None
+    key: Key | None
     copy: int
     status: _Status
     #: The newest copy that a delivery brought; `copy` may be one that was never published.
@@ -53,37 +45,10 @@ class _State:
     crashes: int = 0
     progress: bytes | None = None
     #: When it is forgotten: only where no message waits for it.
-    expires: float = _NEVER
+    expires: float = NEVER
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A record, with what the protocol asks of it."""
-
-    at: float
-    expires: float
-    id: str
-    first_token: int
-    token: int
-    digest: str
-    blob: bytes
-
-
-@dataclass(slots=True)
-class _Mark:
-    """That an id is done, where no record says so."""
-
-    token: int
-    expires: float
-
-
-@dataclass(slots=True)
-class _Story:
-    expires: float
-    events: deque[tuple[float, str, bytes]] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
-
-
-class MemoryStorage(Storage):
+class MemoryStorage(MemoryRecords):
     """Keeps everything in this process, and forgets it with it.
 
     Args:
@@ -93,29 +58,10 @@ class MemoryStorage(Storage):
     is_shared: ClassVar[bool] = False
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._lock = threading.RLock()
-        self._closed = False
-        self._last_token = 0
-        self._records: dict[_Key, _Entry] = {}
-        self._by_time: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        super().__init__(clock)
         self._states: dict[str, _State] = {}
-        self._holders: dict[_Key, str] = {}
-        self._marks: dict[str, _Mark] = {}
-        self._dead_letters: dict[str, tuple[float, str, bytes]] = {}
-        self._stories: dict[_Key, _Story] = {}
-        self._counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        #: (when, what, which): records, marks, states and stories whose time may have come.
-        self._expiries: list[tuple[float, str, _Key | str]] = []
-        self._kept: dict[str, dict[Any, Any]] = {
-            "record": self._records,
-            "mark": self._marks,
-            "state": self._states,
-            "story": self._stories,
-        }
-
-    def close(self) -> None:
-        self._closed = True
+        self._holders: dict[Key, str] = {}
+        self._kept["state"] = self._states
 
     # -- the protocol
 
@@ -163,7 +109,7 @@ class MemoryStorage(Storage):
         state.carried = max(state.carried, claim.copy)
         state.first_token = state.first_token or token
         state.worker, state.until, state.started = claim.worker, now + claim.lease, claim.started
-        state.nonce, state.exclusive, state.expires = claim.nonce, claim.once == "index", _NEVER
+        state.nonce, state.exclusive, state.expires = claim.nonce, claim.once == "index", NEVER
         self._note(key, now, "attempt", claim.note, claim.retention, now)
         return Granted(token, copy, state.progress, state.crashes, now)
 
@@ -190,7 +136,7 @@ class MemoryStorage(Storage):
                 return self._refuse(claim, Refusal.BUSY, now, state.until - now)
         return None
 
-    def _rival(self, key: _Key, id: str, now: float) -> _State | None:
+    def _rival(self, key: Key, id: str, now: float) -> _State | None:
         """Return the other message that runs under this index, if there is one."""
         holder = self._holders.get(key, id)
         state = self._states.get(holder) if holder != id else None
@@ -276,7 +222,7 @@ class MemoryStorage(Storage):
             not state.exclusive or state.key is None or self._holders.get(state.key) == id
         )
 
-    def _is_repeated(self, commit: Commit, state: _State | None, key: _Key | None) -> bool:
+    def _is_repeated(self, commit: Commit, state: _State | None, key: Key | None) -> bool:
         """Whether this very commit was accepted before, and its answer lost."""
         if commit.step is Step.HANDLED:
             record, mark = self._records.get(key) if key else None, self._marks.get(commit.id)
@@ -295,7 +241,7 @@ class MemoryStorage(Storage):
                 return state.status is _Status.DEAD
         return False
 
-    def _is_settled(self, key: _Key | None, commit: Commit, state: _State | None) -> bool:
+    def _is_settled(self, key: Key | None, commit: Commit, state: _State | None) -> bool:
         """Whether a burial without claim comes too late: an id is buried once, and not after it was done."""
         record, id = self._records.get(key) if key else None, commit.id
         is_dead = state and state.status is _Status.DEAD and commit.copy <= state.copy
@@ -305,17 +251,17 @@ class MemoryStorage(Storage):
         key = (commit.topic, commit.index or "")
         token = commit.token if commit.token is not None else self._next_token(now)
         first = state.first_token if state and state.first_token else token
-        expires = now + commit.retention if commit.retention is not None else _NEVER
+        expires = now + commit.retention if commit.retention is not None else NEVER
         old = self._records.get(key)
         if old and old.id != commit.id and self._is_newer(old, first):
             # A newer message of this index was handled while this one ran: it keeps the record.
             self._mark(commit.id, token, expires)
         else:
-            self._store(key, _Entry(now, expires, commit.id, first, token, commit.digest, commit.blob))
+            self._store(key, Entry(now, expires, commit.id, first, token, commit.digest, commit.blob))
         self._counts[commit.topic]["handled"] += 1
         self._forget(commit.id)
 
-    def _is_newer(self, record: _Entry, first_token: int) -> bool:
+    def _is_newer(self, record: Entry, first_token: int) -> bool:
         return record.first_token > first_token
 
     def _bury(self, commit: Commit, state: _State | None, now: float) -> None:
@@ -329,7 +275,7 @@ class MemoryStorage(Storage):
             state = self._states[commit.id] = _State(key, commit.copy, _Status.DEAD)
         elif commit.token is None and state.token:
             state.token = self._next_token(now)  # it takes over: an older claim settles nothing any more
-        state.copy, state.status, state.expires = max(state.copy, commit.copy), _Status.DEAD, _NEVER
+        state.copy, state.status, state.expires = max(state.copy, commit.copy), _Status.DEAD, NEVER
         self._give_up(commit.id, state)
 
     def _forget(self, id: str) -> None:
@@ -343,20 +289,18 @@ class MemoryStorage(Storage):
         if state.key and self._holders.get(state.key) == id:
             del self._holders[state.key]
 
-    # -- records
+    def _expire_state(self, id: str, state: _State, now: float) -> None:
+        state.expires = now + WEEK
+        self._expire("state", id, state.expires)
 
-    def _get(self, topic: str, index: str) -> Stored | None:
-        with self._lock:
-            self._now()
-            entry = self._records.get((topic, index))
-            return Stored(entry.at, entry.blob) if entry else None
+    # -- what people change
 
     def _put(self, record: Record, at: float, blob: bytes, retention: float | None) -> None:
         with self._lock:
             now = self._now()
             token = self._next_token(now)
-            expires = at + retention if retention is not None else _NEVER
-            entry = _Entry(at, expires, record.id, token, token, record.digest, blob)
+            expires = at + retention if retention is not None else NEVER
+            entry = Entry(at, expires, record.id, token, token, record.digest, blob)
             self._store((record.topic, record.index), entry)
             self._counts[record.topic]
             state = self._states.get(record.id)
@@ -376,59 +320,6 @@ class MemoryStorage(Storage):
                     self._note((topic, index), now, "removed", note, entry.expires - now, now)
             return removed
 
-    def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[Stored]:
-        with self._lock:
-            self._now()
-            line = self._by_time[topic]
-            start = 0 if since is None else bisect_left(line, (since, ""))
-            picked = [self._records[topic, index] for _, index in line[start:]]
-        for entry in reversed(picked) if newest_first else picked:
-            yield Stored(entry.at, entry.blob)
-
-    def _len(self, topic: str) -> int:
-        with self._lock:
-            self._now()
-            return len(self._by_time[topic])
-
-    def _store(self, key: _Key, entry: _Entry) -> None:
-        old = self._drop(key)
-        if old and old.id != entry.id:
-            self._mark(old.id, old.token, old.expires)
-        self._records[key] = entry
-        line = self._by_time[key[0]]
-        line.insert(bisect_left(line, (entry.at, key[1])), (entry.at, key[1]))
-        self._expire("record", key, entry.expires)
-
-    def _drop(self, key: _Key) -> _Entry | None:
-        entry = self._records.pop(key, None)
-        if entry:
-            line = self._by_time[key[0]]
-            del line[bisect_left(line, (entry.at, key[1]))]
-        return entry
-
-    def _mark(self, id: str, token: int, expires: float) -> None:
-        self._marks[id] = _Mark(token, expires)
-        self._expire("mark", id, expires)
-
-    # -- dead letters
-
-    def _letters(self, topic: str | None, since: float | None) -> Iterator[Stored]:
-        with self._lock:
-            self._now()
-            picked = [
-                (at, blob)
-                for at, name, blob in self._dead_letters.values()
-                if topic in (None, name) and (since is None or at >= since)
-            ]
-        for at, blob in reversed(picked):
-            yield Stored(at, blob)
-
-    def _letter(self, id: str) -> Stored | None:
-        with self._lock:
-            self._now()
-            found = self._dead_letters.get(id)
-            return Stored(found[0], found[2]) if found else None
-
     def _drop_letter(self, id: str, topic: str, index: str | None, note: bytes) -> bool:
         with self._lock:
             now = self._now()
@@ -439,73 +330,6 @@ class MemoryStorage(Storage):
             if found and index is not None:
                 self._note((topic, index), now, "removed", note, WEEK, now)
             return found
-
-    # -- what happened
-
-    def _story(self, topic: str, index: str) -> Iterator[tuple[float, str, bytes]]:
-        with self._lock:
-            self._now()
-            story = self._stories.get((topic, index))
-            events = list(story.events) if story else []
-        yield from events
-
-    def _counters(self, topic: str) -> Counters:
-        with self._lock:
-            self._now()
-            counts = self._counts.get(topic, {})
-            dead = sum(name == topic for _, name, _ in self._dead_letters.values())
-            return Counters(**counts, dead=dead)
-
-    def _topics(self) -> set[str]:
-        with self._lock:
-            self._now()
-            return {name for name in self._counts if name}
-
-    def _notes(
-        self, key: _Key | None, notes: tuple[tuple[str, bytes], ...], retention: float | None, now: float
-    ) -> None:
-        for kind, note in notes if key else ():
-            self._note(key, now, kind, note, retention, now)  # type: ignore[arg-type]  # checked above
-
-    def _note(self, key: _Key, at: float, kind: str, note: bytes, retention: float | None, now: float) -> None:
-        expires = now + retention if retention is not None else _NEVER
-        story = self._stories.get(key)
-        if story is None:
-            story = self._stories[key] = _Story(expires)
-            self._expire("story", key, expires)
-        story.expires = max(story.expires, expires)
-        story.events.append((at, kind, note))
-
-    # -- time
-
-    def _now(self) -> float:
-        """Return the time, and forget what it ends."""
-        if self._closed:
-            raise StorageClosedError("the storage was closed")
-        now = self._clock()
-        while self._expiries and self._expiries[0][0] <= now:
-            _, what, which = heapq.heappop(self._expiries)
-            kept: dict[object, _Entry | _Mark | _State | _Story] = self._kept[what]
-            thing = kept.get(which)
-            if thing and thing.expires > now:
-                self._expire(what, which, thing.expires)
-            elif thing and what == "record":
-                self._drop(which)  # type: ignore[arg-type]
-            elif thing:
-                del kept[which]
-        return now
-
-    def _expire(self, what: str, which: _Key | str, when: float) -> None:
-        if when < _NEVER:
-            heapq.heappush(self._expiries, (when, what, which))
-
-    def _expire_state(self, id: str, state: _State, now: float) -> None:
-        state.expires = now + WEEK
-        self._expire("state", id, state.expires)
-
-    def _next_token(self, now: float) -> int:
-        self._last_token = max(self._last_token + 1, int(now * 1_000_000))
-        return self._last_token
 
 
 def open_url(url: str) -> MemoryStorage:
