@@ -7,6 +7,7 @@ import faulthandler
 import heapq
 import inspect
 import logging
+import os
 import signal
 import sys
 import threading
@@ -58,9 +59,12 @@ def run_handler(
         Exception: whatever else it raised.
     """
     started = time.monotonic()
+    process = os.getpid()
     try:
         with _deadline(handler, message, seconds, kill_after):
             result = handler.function(message)
+            if inspect.isgenerator(result) or inspect.isasyncgen(result):
+                raise TypeError(f"handler `{handler.name}` is a generator, of which nothing was run: it must not yield")
             if inspect.isawaitable(result):
                 _await(result, seconds, lambda left: _timed_out(handler, message, left))
     except Exception:
@@ -71,6 +75,10 @@ def run_handler(
         raise HandlerExitError(
             f"handler `{handler.name}` raised {type(exc).__name__}({exc}), which would have ended its worker"
         ) from exc
+    finally:
+        if os.getpid() != process:
+            # A fork that the handler let run on: the message is its parent's to settle.
+            os._exit(1 if sys.exc_info()[0] else 0)
     if seconds is not None and time.monotonic() - started > seconds:
         raise _timed_out(handler, message, seconds)
 

@@ -72,3 +72,6 @@ class LeaseKeeper:
                 self.renew()
             except StorageError as exc:
                 logger.warning("could not renew leases, trying again in %.3g s: %s", self._every, exc)
+            except Exception:
+                # Without this thread everything in hand would be handled again by others.
+                logger.exception("could not renew leases, trying again in %.3g s", self._every)

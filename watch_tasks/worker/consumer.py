@@ -10,17 +10,18 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from celery.app.trace import build_tracer
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport.virtual import Base64
 from kombu.transport.virtual import Channel as VirtualChannel
 
+from .. import heartbeat
 from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
 from ..outcome import Busy, Dead, Outcome, Reason
 from ..queue import wire
 from ..registry import registry
-from .embedded import expected_url, url_of
 from .runtime import runtime_of
 from .settings import visibility_timeout
 
@@ -60,6 +61,7 @@ class WatchConsumer(Consumer):
     def start(self) -> None:
         self.runtime.stop.clear()
         self.runtime.keeper.start()
+        self.timer.call_repeatedly(heartbeat.EVERY, heartbeat.beat)
         super().start()
 
     def stop(self) -> None:
@@ -77,6 +79,23 @@ class WatchConsumer(Consumer):
         if isinstance(channel, VirtualChannel):
             channel.codecs = {**channel.codecs, "base64": _Base64()}
         return connection
+
+    def ensure_connected(self, conn: Any) -> Any:
+        # A worker that waits for its broker is well: to restart it would cut off what its pool is doing.
+        ensure = conn.ensure_connection
+
+        def beating(errback: Any, max_retries: Any, callback: Callable[[], None]) -> Any:
+            def each_second() -> None:
+                heartbeat.beat()
+                callback()
+
+            return ensure(errback, max_retries, callback=each_second)
+
+        conn.ensure_connection = beating
+        try:
+            return super().ensure_connected(conn)
+        finally:
+            del conn.ensure_connection
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
         handle = super().create_task_handler(*args, **options)
@@ -105,8 +124,9 @@ class WatchConsumer(Consumer):
         name = message.headers.get("task")
         task = self.app.tasks.get(name)
         if task is not None:
-            # Defined after the worker started.
+            # Defined after the worker started, which gives every task these two.
             self.strategies[name] = task.start_strategy(self.app, self)
+            task.__trace__ = build_tracer(name, task, self.app.loader, self.hostname, app=self.app)
             self._put_back(message)
             return
         self._wait_or_bury(message)
@@ -178,10 +198,11 @@ class WatchConsumer(Consumer):
             logger.info("nobody here knows %s, putting message %s back in %.2g s", name, id, outcome.until)
             # Held, so that it does not come back at once; meanwhile it must not take the place of others.
             self.qos.increment_eventually()
-            self.timer.call_after(max(outcome.until, 0.1), self._let_go, (message,))
+            self.timer.call_after(max(outcome.until, 0.1), self._let_go, (message, self.qos))
 
-    def _let_go(self, message: Any) -> None:
-        self.qos.decrement_eventually()
+    def _let_go(self, message: Any, qos: Any) -> None:
+        # That of the connection it came by: a later one has never heard of it.
+        qos.decrement_eventually()
         self._put_back(message)
 
     def _put_back(self, message: Any) -> None:
@@ -212,12 +233,13 @@ def _check(app: Any, pool: Any, runtime: Any) -> None:
                 f"storage {settings.storage_url} lives in one process, and this pool has several: use -P threads or "
                 "-P solo, or a storage such as redis://…"
             )
-        is_embedded = settings.broker_url == expected_url(settings.watch_dir)
-        if is_embedded and url_of(settings.watch_dir) is None:
-            complaints.append(
-                f"no broker is configured, and no embedded server answers in {settings.watch_dir}: "
-                "start it with `watch-tasks up`, or set `broker_url`"
-            )
+        missing = settings.missing_server()
+        if missing:
+            complaints.append(missing)
+        try:
+            heartbeat.beat()
+        except OSError as exc:
+            complaints.append(f"`{heartbeat.VARIABLE}` must name a file that can be written: {exc}")
         if complaints:
             raise ConfigurationError(*complaints)
     except ConfigurationError as exc:

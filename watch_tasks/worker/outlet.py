@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Celery
+from celery.app.task import get_actual_ignore_result
 from kombu.exceptions import KombuError
 
 from ..errors import TooLargeError
@@ -56,6 +57,9 @@ class CeleryOutlet:
             options.pop(name, None)
         info = request.delivery_info or {}
         options |= {name: info[name] for name in ("exchange", "routing_key", "priority") if info.get(name) is not None}
+        # Whoever waits for a result waits for that of the copy.
+        task = self._app.tasks[wire.task_name(message.topic)]
+        options["ignore_result"] = get_actual_ignore_result(task, request)
         self._send(message, delay, headers, options)
 
     def _send(self, message: Message[Any], delay: float, headers: dict[str, Any], options: dict[str, Any]) -> None:
@@ -70,10 +74,9 @@ class CeleryOutlet:
                 retries=message.retries,
                 countdown=delay or None,
                 add_to_parent=False,
-                ignore_result=True,
                 serializer="json",
                 **wire.reprs(message),
-                **options,
+                **{"ignore_result": True, **options},
             )
         except (KombuError, OSError, TimeoutError) as exc:
             raise send_error(exc, message) from exc

@@ -6,10 +6,14 @@ Decided here and not in signals, whose errors Celery swallows: a lost child, a h
 from __future__ import annotations
 
 import logging
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.exceptions import TaskPredicate, Terminated
 from celery.worker import state
 from celery.worker.request import Request
 from kombu.transport.virtual import Channel as VirtualChannel
@@ -17,7 +21,7 @@ from kombu.transport.virtual import QoS as VirtualQoS
 
 from ..errors import MessageError, StorageError
 from ..message import Message
-from ..outcome import Dead, Outcome, Reason
+from ..outcome import Busy, Dead, Outcome, Reason
 from ..queue import wire
 from .outlet import WORKER_HEADER
 from .runtime import runtime_of
@@ -27,8 +31,11 @@ __all__ = ["TopicRequest"]
 
 logger = logging.getLogger(__name__)
 
+#: Seconds until a message that cannot be buried is handed over again.
+_AGAIN: Final = 2.0
+
 #: How a child of the prefork pool, or what Celery's own code in it raises, ends without our say.
-_LOST = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt, MemoryError)
+_LOST: Final = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt, MemoryError)
 
 
 class TopicRequest(Request):
@@ -53,8 +60,21 @@ class TopicRequest(Request):
         super().acknowledge()
 
     def reject(self, requeue: bool = False) -> None:
-        self._drop()
-        super().reject(requeue)
+        # Celery throws away like this what has an `eta` that is no time on this machine.
+        is_lost = not requeue and not self.acknowledged
+        if is_lost and not isinstance(self.bury(Reason.MALFORMED, "Celery cannot tell when it is due"), Dead):
+            self._put_back()
+        else:
+            self._drop()
+            super().reject(requeue)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        with _as_far_as_the_pool_can(self.id):
+            super().terminate(pool, signal)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        with _as_far_as_the_pool_can(self.id):
+            super().cancel(pool, signal, emit_retry)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         if soft:
@@ -70,50 +90,55 @@ class TopicRequest(Request):
         if isinstance(error, Yielded):
             state.task_ready(self)
             self._yield()
-        elif isinstance(error, _LOST) and not (self._already_cancelled or self._already_revoked):
-            self._lost(error)
-        elif not isinstance(error, Exception) or _is_control(error) or getattr(error, SETTLED, False):
+        elif self._already_cancelled or self._already_revoked or _is_control(error) or getattr(error, SETTLED, False):
             super().on_failure(exc_info, send_failed_event, return_ok)
+        elif isinstance(error, _LOST) or not isinstance(error, Exception):
+            self._lost(error)
         elif isinstance(self.bury(Reason.MALFORMED, error), Dead):
             # Celery failed before or after our task did its part; buried once, if it was not settled.
             super().on_failure(exc_info, send_failed_event, return_ok)
         else:
             state.task_ready(self)
-            self.reject(requeue=True)
+            self._put_back()
 
     def bury(self, reason: Reason, error: BaseException | str, *, crashes: int = 0) -> Outcome:
         """Make a dead letter of the message, unless its id is settled; the Outcome is Dead where it is kept."""
         message = self._read()
-        return self._runtime.clerk.bury(
-            reason,
-            error,
-            id=self.id,
-            topic=wire.topic_of(self.name),
-            index=message.index if message else None,
-            copy=message.copy if message else 0,
-            data=message.data if message else None,
-            raw=None if message else bytes(self.body),
-            content_type=self.content_type,
-            max_retries=message.max_retries if message else None,
-            once=message.once if message else None,
-            retries=message.retries if message else 0,
-            crashes=crashes,
-            sent_at=message.sent_at if message else None,
-        )
+        try:
+            return self._runtime.clerk.bury(
+                reason,
+                error,
+                id=self.id,
+                topic=wire.topic_of(self.type),
+                index=message.index if message else None,
+                copy=message.copy if message else 0,
+                data=message.data if message else None,
+                raw=None if message else bytes(self.body),
+                content_type=self.content_type,
+                max_retries=message.max_retries if message else None,
+                once=message.once if message else None,
+                retries=message.retries if message else 0,
+                crashes=crashes,
+                sent_at=message.sent_at if message else None,
+            )
+        except StorageError as exc:
+            logger.error("could not bury message %s: %s", self.id, exc)
+            return Busy(_AGAIN)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        try:
-            self._runtime.storage.release(self._runtime.worker, [self.id])
-            outcome = self.bury(Reason.EXPIRED if expired else Reason.REVOKED, f"{reason}, by Celery")
-        except StorageError as exc:
-            logger.warning("could not bury %s message %s: %s", reason, self.id, exc)
-            outcome = None
-        if isinstance(outcome, Dead):
+        self._release()
+        if isinstance(self.bury(Reason.EXPIRED if expired else Reason.REVOKED, f"{reason}, by Celery"), Dead):
             super()._announce_revoked(reason, terminated, signum, expired)
         else:
             state.task_ready(self)
             self._already_revoked = True
-            self.reject(requeue=True)
+            self._put_back()
+
+    def _announce_cancelled(self, emit_retry: bool = True) -> None:
+        # Its process is being ended, which is not its fault: at a cold stop, or because the connection was lost.
+        super()._announce_cancelled(emit_retry)
+        self._drop()
+        self._release()
 
     def _lost(self, error: BaseException) -> None:
         """Settle a message whose process ended under it: once more, unless it took too many processes with it."""
@@ -122,13 +147,7 @@ class TopicRequest(Request):
         state.task_ready(self)
         settings = self._runtime.settings
         # Being stopped costs nothing: whoever stops a whole process group ends the children as well.
-        crashed = not self._runtime.is_stopping()
-        try:
-            crashes = self._runtime.storage.release(self._runtime.worker, [self.id], crashed=crashed)[0]
-        except StorageError as exc:
-            # The lease ends by itself, and whoever takes over counts the crash.
-            logger.warning("could not release message %s of a lost process: %s", self.id, exc)
-            crashes = 0
+        crashes = self._release(crashed=not self._runtime.is_stopping())
         text = f"its handler took the worker down {crashes} times, the last time with {type(error).__name__}: {error}"
         if crashes >= settings.max_crashes and isinstance(self.bury(Reason.KILLED_WORKER, text, crashes=crashes), Dead):
             self.acknowledge()
@@ -137,6 +156,23 @@ class TopicRequest(Request):
             logger.warning("message %s is handed over again: its process was lost (%r)", self.id, error)
             self.reject(requeue=True)
             self.send_event("task-retried", exception=repr(error), traceback="")
+
+    def _release(self, *, crashed: bool = False) -> int:
+        """End this worker's claim, if it has one; return how often the handler took a worker down."""
+        try:
+            return self._runtime.storage.release(self._runtime.worker, [self.id], crashed=crashed)[0]
+        except StorageError as exc:
+            # The lease ends by itself, and whoever takes over counts the crash.
+            logger.warning("could not release message %s: %s", self.id, exc)
+            return 0
+
+    def _put_back(self) -> None:
+        """Have the message handed over again in a while: at once would be a hot loop while the storage is away."""
+        logger.warning("message %s could not be buried, it is handed over again in %.2g s", self.id, _AGAIN)
+        self._drop()
+        timer = threading.Timer(_AGAIN, self.reject, (True,))
+        timer.daemon = True  # what is not back when the worker ends, the broker hands over all the same
+        timer.start()
 
     def _yield(self) -> None:
         """Let go of a delivery that another worker took over, without a word to the broker.
@@ -163,7 +199,18 @@ class TopicRequest(Request):
             return None
 
 
-def _is_control(error: BaseException) -> bool:
-    from celery.exceptions import TaskPredicate, Terminated
+@contextmanager
+def _as_far_as_the_pool_can(id: str) -> Iterator[None]:
+    """Let run on what a pool cannot end.
 
+    Threads would never run what is to be terminated when they take it up; to a handler in a solo pool, which a signal
+    interrupts, it would look like an error of its own.
+    """
+    try:
+        yield
+    except NotImplementedError:
+        logger.warning("message %s runs on: this pool cannot end what runs", id)
+
+
+def _is_control(error: BaseException) -> bool:
     return isinstance(error, (TaskPredicate, Terminated))

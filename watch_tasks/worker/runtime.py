@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 from uuid import uuid4
 
 from celery import Celery
@@ -26,6 +26,8 @@ from .settings import Settings, read_settings
 __all__ = ["Runtime", "runtime_of"]
 
 _ATTRIBUTE: Final = "_watch_runtime"
+#: Exit codes of a child that a signal ends: billiard makes them -(256 - signal).
+_ENDINGS: Final = range(-255, -191)
 _lock = threading.Lock()
 
 
@@ -102,7 +104,7 @@ class Runtime:
         found = self._pipelines.get(worker)
         if found is None:
             settings = self.settings
-            found = self._pipelines[worker] = Pipeline(
+            made = Pipeline(
                 self.storage,
                 registry.get,
                 worker=worker,
@@ -110,9 +112,11 @@ class Runtime:
                 max_crashes=settings.max_crashes,
                 unknown_grace=settings.unknown_grace,
                 stopping=self.is_stopping,
-                interrupts=_ends_child,
+                interrupts=_ends_child if can_die else lambda error: False,
                 kill_after=settings.kill_after if can_die else None,
             )
+            # One for all threads: two would name their claims alike, and both be granted the same message.
+            found = self._pipelines.setdefault(worker, made)
         return found
 
     @cached_property
@@ -142,6 +146,5 @@ def runtime_of(app: Celery) -> Runtime:
 
 
 def _ends_child(error: BaseException) -> bool:
-    """Whether this is billiard ending a child of the prefork pool: seen as negative codes."""
-    code: Any = error.code if isinstance(error, SystemExit) else None
-    return isinstance(code, int) and code < 0
+    """Whether this is billiard ending a child of the prefork pool, and no `sys.exit(-1)` of a handler."""
+    return isinstance(error, SystemExit) and error.code in _ENDINGS

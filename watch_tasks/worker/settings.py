@@ -72,6 +72,15 @@ class Settings:
     #: Seconds past its timeout after which a handler that cannot be cut off ends its process (prefork).
     kill_after: float = 5.0
 
+    def missing_server(self) -> str | None:
+        """Return what to do where the embedded server is the broker and does not answer; None: nothing."""
+        if self.broker_url != embedded.expected_url(self.watch_dir) or embedded.url_of(self.watch_dir):
+            return None
+        return (
+            f"no broker is configured, and no embedded server answers in {self.watch_dir}: "
+            "start it with `watch-tasks up`, or set `broker_url`"
+        )
+
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
@@ -133,7 +142,7 @@ def read_settings(conf: Any, environ: Mapping[str, str] = os.environ) -> Setting
     values["watch_dir"] = watch_dir(conf, environ)
     values["broker_url"] = broker = _broker_of(conf)
     if "storage_url" not in values:
-        if broker.partition("://")[0] in _REDIS:
+        if broker.partition("://")[0] in (*_REDIS, "memory"):
             values["storage_url"] = broker
         else:
             complaints.append(

@@ -9,12 +9,14 @@ from typing import Any, ClassVar, Final
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject, TaskPredicate
 from celery.exceptions import Retry as CeleryRetry
+from celery.utils.serialization import get_pickleable_exception
 
 from ..errors import DeadLetterError, MessageError, SendError
 from ..message import Message
 from ..outcome import Busy, Dead, Duplicate, Fenced, Handled, Outcome, Retry, Snoozed
 from ..queue import wire
 from ..topics import Topic
+from ..work import error_text
 from .outlet import WORKER_HEADER
 from .runtime import Runtime, runtime_of
 
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 #: Marks the error of a dead letter, so that the main process knows it is kept.
 SETTLED: Final = "_watch_settled"
+
+#: Characters of an error that Celery is shown: as many as its own events carry of arguments.
+_SHOWN: Final = 1024
 
 #: Seconds between two tries to publish a copy: the first, doubled up to the last.
 _PAUSES: Final = (0.1, 5.0)
@@ -66,34 +71,23 @@ class TopicTask(Task):
         pipeline = runtime.pipeline(worker, can_die=main != runtime.pid)
         try:
             message = wire.read(fields, args, keywords)
-            outcome = pipeline.handle(message)
         except MessageError as exc:
             # The consumer reads every message before it hands it on: this one was called by hand.
             raise DeadLetterError(f"task `{self.name}` was called with what is no message: {exc}") from exc
+        try:
+            outcome = pipeline.handle(message)
+            match outcome:
+                case Retry(delay, copy) | Snoozed(delay, copy):
+                    self._publish(runtime, copy, delay)
+                case Busy(until):
+                    self._publish(runtime, message, until)
+        except Reject:
+            raise
         except Exception as exc:
-            logger.exception("could not decide on message %s; it is handed over again", self.request.id)
+            logger.exception("could not settle message %s; it is handed over again", self.request.id)
             time.sleep(1.0)  # so that a mistake of ours does not spin
-            raise Reject(exc, requeue=True) from exc
-        return self._translate(runtime, message, outcome)
-
-    def _translate(self, runtime: Runtime, message: Message[Any], outcome: Outcome) -> str:
-        match outcome:
-            case Handled() | Duplicate():
-                return type(outcome).__name__.lower()
-            case Retry(delay, copy, error):
-                self._publish(runtime, copy, delay)
-                raise CeleryRetry(str(error)[:200], error, delay)
-            case Snoozed(delay, copy):
-                self._publish(runtime, copy, delay)
-                raise CeleryRetry("snoozed", when=delay)
-            case Busy(until):
-                self._publish(runtime, message, until)
-                raise CeleryRetry("busy", when=until)
-            case Dead(reason, error):
-                raise _visible(error or DeadLetterError(reason))
-            case Fenced():
-                raise Yielded("taken over by another worker")
-        raise TypeError(f"the pipeline answered {outcome!r}, which is no Outcome")
+            raise Reject(error_text(exc), requeue=True) from exc
+        return _told(outcome)
 
     def _publish(self, runtime: Runtime, copy: Message[Any], delay: float) -> None:
         """Publish until the broker has it: nothing is acked before. At a stop the message is handed over again."""
@@ -102,8 +96,8 @@ class TopicTask(Task):
             try:
                 return runtime.outlet.push_copy(copy, delay, self.request)
             except SendError as exc:
-                if runtime.is_stopping():
-                    raise Reject(exc, requeue=True) from exc
+                if runtime.is_stopping() or self.request.is_eager:
+                    raise Reject(error_text(exc), requeue=True) from exc
                 logger.warning("could not publish a copy of %s, trying again in %.2g s: %s", copy.id, pause, exc)
                 time.sleep(pause)
                 pause = min(pause * 2, longest)
@@ -133,13 +127,40 @@ def register(app: Celery, topic: Topic[Any]) -> TopicTask:
     return made
 
 
+def _told(outcome: Outcome) -> str:
+    """Tell Celery what became of a message: return for a success, else raise what it knows it by."""
+    match outcome:
+        case Handled() | Duplicate():
+            return type(outcome).__name__.lower()
+        case Retry(delay, _, error):
+            raise CeleryRetry(error_text(error)[:200], _visible(error), delay)
+        case Snoozed(delay):
+            raise CeleryRetry("snoozed", when=delay)
+        case Busy(until):
+            raise CeleryRetry("busy", when=until)
+        case Dead(reason, error):
+            raise _visible(error or DeadLetterError(reason))
+        case Fenced():
+            raise Yielded("taken over by another worker")
+    raise TypeError(f"the pipeline answered {outcome!r}, which is no Outcome")
+
+
 def _visible(error: BaseException) -> BaseException:
-    """Return what Flower shows of a dead letter: the handler's error, unless Celery would act on its kind."""
-    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TaskPredicate)):
-        error = DeadLetterError(f"{type(error).__name__}: {error}")
+    """Return what Flower shows of a failure: the handler's error, unless Celery would act on its kind.
+
+    An error that cannot be pickled, or whose text would fill the log, is told in short.
+    """
+    text = error_text(error)
+    if (
+        not isinstance(error, Exception)
+        or isinstance(error, (MemoryError, TaskPredicate))
+        or len(text) > _SHOWN
+        or get_pickleable_exception(error) is not error
+    ):
+        error = DeadLetterError(text[:_SHOWN])
     try:
         setattr(error, SETTLED, True)
     except AttributeError:
-        error = DeadLetterError(f"{type(error).__name__}: {error}")
+        error = DeadLetterError(text)
         setattr(error, SETTLED, True)
     return error
