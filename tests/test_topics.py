@@ -265,6 +265,13 @@ class TestHandlers:
         with pytest.raises(TypeError, match="topic `t`: a handler must be callable, got 'print'"):
             bound.handler("print")  # type: ignore[call-overload]
 
+    def test_a_generator_is_no_handler(self) -> None:
+        def steps(message: object) -> Iterator[int]:
+            yield 1
+
+        with pytest.raises(TypeError, match="topic `t`: handler `steps` must not yield"):
+            Topic("t").handler(steps)
+
 
 class TestRules:
     @pytest.mark.parametrize("retention", [DAY, DAY + 1, None])

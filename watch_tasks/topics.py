@@ -164,6 +164,8 @@ class Topic(Generic[T]):
     def _add(self, function: F, name: str | None) -> F:
         if not callable(function):
             raise TypeError(f"topic `{self.name}`: a handler must be callable, got {function!r}")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"topic `{self.name}`: handler `{_name_of(function)}` must not yield: nothing would run it")
         handler = Handler(name or _name_of(function), function)
         if any(handler.name == other.name for other in self.handlers):
             raise TopicError(

@@ -70,6 +70,19 @@ def test_of_two_workers_one_handles(make_site: MakeSite) -> None:
     assert site.calls() == {"enter": 1, "leave": 1}
 
 
+def test_a_handler_that_outlasts_its_lease_keeps_its_claim(make_site: MakeSite) -> None:
+    site = make_site(GATE, SOON, **SHORT)
+    site.worker(concurrency=2)
+    site.worker(concurrency=2)
+    site.send("gate", 1, index="a")
+
+    until(lambda: "busy" in kinds(site, "gate", "a"), "the broker hands it out again", 60, site.report)
+    site.touch("open")
+
+    site.until_handled(1)
+    assert site.calls() == {"enter": 1, "leave": 1}
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_frozen_worker_that_wakes_is_fenced(make_site: MakeSite, pool: str) -> None:
     site = make_site(GATE, SOON, **SHORT)
