@@ -70,6 +70,41 @@ def test_app_and_modules_of_the_current_folder_are_found(tmp_path: Path, valkey:
     assert result.stdout.splitlines()[1].startswith("bill ")
 
 
+@pytest.mark.parametrize("option", ["-A", "--app", "-I", "--include", "--json"])
+@pytest.mark.parametrize("before", [[], ["dead"]], ids=["root", "group"])
+def test_common_option_before_its_command_is_told_its_place(before: list[str], option: str) -> None:
+    result = CliRunner().invoke(group, [*before, option, "list"])
+
+    assert result.exit_code == 2
+    assert f"{option} belongs behind the command" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense://:secret@host", "there is no transport `nonsense`"),
+        ("redis://:secret@host:99999/0", "it cannot be read"),
+        ("redis://:se/cret@host:6379/0", "it cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("command", [["check"], ["topics"], ["send", "orders", "1"], ["up"]], ids=lambda args: args[0])
+def test_broker_url_that_cannot_be_used_is_a_sentence(
+    command: list[str], url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "celeryconfig.py").touch()
+    monkeypatch.setenv("CELERY_BROKER_URL", url)
+    monkeypatch.setenv("WATCH_STORAGE_BACKEND", "memory://")
+
+    result = subprocess.run(
+        [sys.executable, "-m", "watch_tasks", *command], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+
+    assert result.returncode == 1
+    assert said in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert "cret" not in result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("option", [("-A", "nowhere"), ("-I", "nowhere")])
 def test_module_that_is_not_there_is_a_wrong_argument(option: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "celeryconfig.py").touch()

@@ -77,7 +77,9 @@ def test_unknown_topic_is_sent_as_plain_json_with_a_warning(run: Run, valkey: Re
         (["send", "Orders", "1"], 2, "the name of a topic must be"),
         (["send", "orders", '{"number": "x"}'], 4, "Expected `int`, got `str` - at `$.number`"),
         (["send", "orders", '{"number": 1}', "--index", "a\nb"], 4, "an index must be"),
+        (["send", "orders", '{"number": 1}', "--index", ""], 4, "an index must be"),
         (["send", "orders", '{"number": 1}', "--dry-run"], 2, "need --from"),
+        (["send", "--from", "-", "--topic", "orders", "--index", ""], 2, "give no TOPIC, JSON, --index"),
         (["send", "--from", "no.jsonl", "--topic", "orders"], 2, "no.jsonl"),
     ],
 )

@@ -74,7 +74,7 @@ def _findings(program: Program) -> Iterator[Finding]:
         yield finding
     broker = _broker(program)
     yield broker
-    if is_fit and not (broker.is_unreachable and program.settings.storage_url == program.app.conf.broker_url):
+    if is_fit and (broker.ok or program.settings.storage_url != program.app.conf.broker_url):
         yield from _storage(program)
     yield from _topics(program)
     if broker.ok:
@@ -94,11 +94,14 @@ def _settings(program: Program) -> Iterator[Finding]:
 def _broker(program: Program) -> Finding:
     url = mask(program.app.conf.broker_url or "")
     try:
+        program.require_broker_url()
         program.require_server()
         waiting_in(program.app, {program.app.conf.task_default_queue})
     except QueueUnavailableError as exc:
         fix = "start it, or name another in CELERY_BROKER_URL; `watch-tasks up` brings its own"
         return Finding("broker", False, f"{url}: {mask(str(exc.__cause__ or exc))}", fix, is_unreachable=True)
+    except ConfigurationError as exc:
+        return Finding("broker", False, f"{url}: {exc}", "mend it in celeryconfig.py or in CELERY_BROKER_URL")
     return Finding("broker", True, url)
 
 

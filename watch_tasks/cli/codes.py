@@ -84,6 +84,15 @@ class Group(click.Group):
 
     command_class = Command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as exc:
+            if exc.option_name not in ("-A", "--app", "-I", "--include", "--json"):
+                raise
+            # `celery` takes them before the command, so people try it here as well.
+            raise click.UsageError(f"{exc.option_name} belongs behind the command", ctx) from exc
+
 
 def _translate(call: Callable[[], Any]) -> Any:
     try:

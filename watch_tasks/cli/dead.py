@@ -96,7 +96,9 @@ def list_(program: Program, topic: str | None, error: str | None, since: datetim
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
 @with_program
 def show(program: Program, ids: tuple[str, ...]) -> None:
-    """Show dead letters whole: every attempt, and the data or the original bytes.
+    """Show dead letters whole.
+
+    Every attempt, and the data or the original bytes.
 
     An ID may be cut short, to 8 characters at the fewest. Exit code 3: there is no such dead letter.
     """
@@ -128,7 +130,10 @@ def remove(
     dry_run: bool,
     yes: bool,
 ) -> None:
-    """Throw dead letters away for good: those named by ID, or those that fit --topic, --error and --since, or --all."""
+    """Throw dead letters away for good.
+
+    Those named by ID, or those that fit --topic, --error and --since, or --all.
+    """
     wanted = Filter(topic, error, since)
     if sum(map(bool, (ids, wanted, everything))) != 1:
         raise click.UsageError("name what to remove: IDs, or --topic, --error and --since, or --all")

@@ -89,7 +89,10 @@ def count_(program: Program, topic: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @with_program
 def remove(program: Program, topic: str, index: str, yes: bool) -> None:
-    """Forget that INDEX was handled, so that a new message of it counts as the first. Exit code 3: it was not."""
+    """Forget that INDEX was handled.
+
+    A new message of it counts as the first. Exit code 3: it was not handled.
+    """
     record = _record(program, topic, index)
     confirm(f"Forget that `{clean(index)}` of topic `{topic}` was handled?", yes=yes)
     if not program.storage.remove(topic, index, by="watch-tasks handled remove"):

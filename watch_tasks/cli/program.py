@@ -119,10 +119,12 @@ class Program:
         """Let a topic send through the app, where nobody bound it to anything yet.
 
         Raises:
+            ConfigurationError: the broker's URL cannot be used.
             QueueUnavailableError: no broker is configured, and no embedded server answers.
         """
         from ..worker import outlet_of
 
+        self.require_broker_url()
         self.require_server()
         if not topic.is_bound:
             topic.bind(outlet_of(self.app))
@@ -143,6 +145,26 @@ class Program:
                 f"no broker is configured, and no server answers in {folder}: start one with `watch-tasks up`, "
                 "or name a broker in CELERY_BROKER_URL"
             )
+
+    def require_broker_url(self) -> None:
+        """Make sure that the broker's URL can be used. Nothing is connected to.
+
+        Raises:
+            ConfigurationError: its scheme is unknown, lacks its driver, or the rest of it cannot be read. The text
+                has nothing of the URL but the scheme: where it cannot be read, nobody knows what in it is a password.
+        """
+        try:
+            with self.app.connection_for_write() as connection:
+                connection.get_transport_cls()
+        except (KeyError, ImportError, ValueError) as exc:
+            scheme = str(self.app.conf.broker_url).partition("://")[0]
+            wrong = {
+                KeyError: f"there is no transport `{scheme}`",
+                ValueError: "it cannot be read; characters such as / and # in a password are written %2F and %23",
+            }.get(type(exc), f"transport `{scheme}` lacks its driver: {exc}")
+            raise ConfigurationError(
+                f"setting `broker_url` must be the URL of a broker, such as redis://localhost:6379/0: {wrong}"
+            ) from exc
 
     @property
     def embedded_folder(self) -> str | None:

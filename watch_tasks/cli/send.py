@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from ..message import Once
+from ..message import Once, check_index
 from .bulk import Route, parse, send_lines
 from .codes import FAILED, PARTLY, Command
 from .output import clean, emit, when
@@ -70,7 +70,7 @@ def send(
             raise click.UsageError("expected a topic and its data as JSON (or - to read it from stdin), or --from")
         _send_one(program, topic, data, index, once, max_retries, delay)
         return
-    if topic or data or index or delay:
+    if topic or data or index is not None or delay:
         raise click.UsageError("with --from, lines bring their own data: give no TOPIC, JSON, --index or --delay")
     if (to is None) == (topic_field is None):
         raise click.UsageError("--from needs either --topic or --topic-field")
@@ -93,6 +93,8 @@ def _send_one(
         plain = parse(sys.stdin.buffer.read() if data == "-" else data)
     except ValueError as exc:
         raise click.UsageError(f"expected the data as JSON, {exc}") from exc
+    if index is not None:
+        check_index(index)  # an empty one too, which `topic.message` takes for none: a shell variable that is not set
     topic = program.topic(name)
     message: Message[Any] = topic.message(topic.decode(plain), index=index, max_retries=max_retries, once=once)
     program.bind(topic)

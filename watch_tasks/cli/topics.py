@@ -28,6 +28,7 @@ def topics(program: Program) -> None:
     the same number of waiting messages.
     """
     known = {topic.name: topic for topic in program.load_topics()}
+    program.require_broker_url()
     storage = program.storage
     rows = [_row(program, name, known.get(name)) for name in sorted({*known, *storage.topics()})]
     queues = {row["queue"] for row in rows if row["queue"]}

@@ -68,6 +68,7 @@ def up(program: Program, modules: tuple[str, ...], pool: str | None, concurrency
     from ..worker.settings import watch_dir
 
     program.include = (*modules, *program.include)
+    program.require_broker_url()
     folder = watch_dir(program.app.conf)
     private_folder(folder)
     lock = FolderLock(folder / "up.lock")
