@@ -85,7 +85,7 @@ def run_handler(
 
 def _timed_out(handler: Handler, message: Message[Any], seconds: float) -> HandlerTimeoutError:
     return HandlerTimeoutError(
-        f"handler `{handler.name}` of topic `{message.topic}` ran past its timeout ({seconds:.3g} s were left)"
+        f"handler `{handler.name}` of topic `{message.topic}` ran past its timeout ({seconds:.3g} s for it)"
     )
 
 

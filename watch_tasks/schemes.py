@@ -34,4 +34,5 @@ def open_by_scheme(kind: str, url: str, table: dict[str, str], group: str) -> An
     if scheme in others:
         return others[scheme].load()(url)
     known = [*table, *others]
-    raise ConfigurationError(f"unknown {kind} scheme `{scheme}`{did_you_mean(scheme, known)} Known: {', '.join(known)}")
+    hint = did_you_mean(scheme, known) or "."
+    raise ConfigurationError(f"unknown {kind} scheme `{scheme}`{hint} Known: {', '.join(known)}")

@@ -198,11 +198,11 @@ class Topic(Generic[T]):
             MessageError: the index or another value is out of its range.
         """
         if not isinstance(data, Message):
-            named = index or self.index_of(data) or ""
+            named = check_index(index) if index is not None else self.index_of(data) or ""
             return Message(data, self.name, index=named, max_retries=max_retries, once=once)
         if data.topic not in ("", self.name):
             raise TopicError(f"a message of topic `{data.topic}` cannot be sent as `{self.name}`")
-        named = index or data.index
+        named = check_index(index) if index is not None else data.index
         if named == data.id:  # nobody named it
             named = self.index_of(data.data) or named
         return replace(

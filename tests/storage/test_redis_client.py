@@ -182,3 +182,11 @@ def _until_it_listens(port: int) -> None:
         except ConnectionRefusedError:
             assert time.monotonic() < deadline, "the server did not come up"
             time.sleep(0.02)
+
+
+def test_a_password_that_breaks_the_url_is_not_told() -> None:
+    with pytest.raises(ConfigurationError, match="no port that is a number") as caught:
+        open_storage("redis://:se/cret@localhost:6379/0")
+
+    assert "cret" not in str(caught.value)
+    assert "'se'" not in str(caught.value)

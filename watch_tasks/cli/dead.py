@@ -220,7 +220,7 @@ def _show(letter: DeadLetter) -> None:
 
 
 def _tries(letter: DeadLetter) -> int:
-    return max(len(letter.attempts), letter.retries + 1) if letter.attempts else 0
+    return max(len(letter.attempts) + letter.crashes, letter.retries + 1 if letter.attempts else 0)
 
 
 def _fields(letter: DeadLetter) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _direct(url: SplitResult, options: Options) -> redis.Redis:
         place: dict[str, Any] = {"unix_socket_path": unquote(url.path), "db": _database("", options)}
         settings.pop("socket_keepalive")
     else:
-        place = {"host": unquote(url.hostname or "localhost"), "port": url.port or 6379}
+        place = {"host": unquote(url.hostname or "localhost"), "port": _port(url) or 6379}
         place["db"] = _database(url.path, options)
         place["ssl"] = url.scheme == "rediss"
     return redis.Redis(**place, **_login(url), **settings)
@@ -117,7 +117,7 @@ def _behind_sentinel(url: str, options: Options) -> redis.Redis:
     }
     settings = _settings(options)
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
-        [(unquote(host.hostname or "localhost"), host.port or _SENTINEL_PORT) for host in hosts],
+        [(unquote(host.hostname or "localhost"), _port(host) or _SENTINEL_PORT) for host in hosts],
         sentinel_kwargs={**_BOUNDS, **sentinels, "retry": _retry()},
         db=_database(hosts[-1].path, options),
         **login,
@@ -125,6 +125,14 @@ def _behind_sentinel(url: str, options: Options) -> redis.Redis:
     )
     client: redis.Redis = sentinel.master_for(master)  # type: ignore[no-untyped-call]  # the same
     return client
+
+
+def _port(url: SplitResult) -> int | None:
+    try:
+        return url.port
+    except ValueError:
+        # What urllib says quotes what it took for the port: perhaps the beginning of a password.
+        raise ValueError("has no port that is a number; in a password, write `/`, `?`, `#` and `@` as %2F …") from None
 
 
 def _settings(options: Options) -> dict[str, Any]:
