@@ -131,10 +131,10 @@ class Site:
         assert "ready." in worker.text(), worker.text()
         return worker
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command here to its end."""
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run this Python here with some arguments, to its end."""
         return subprocess.run(
-            command,
+            [sys.executable, *arguments],
             cwd=self.folder,
             env={**self.environment, **environment},
             capture_output=True,

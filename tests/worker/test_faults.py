@@ -294,7 +294,7 @@ def work(message):
 def test_a_worker_that_cannot_work_says_all_that_is_wrong(make_site: MakeSite) -> None:
     site = make_site('empty = topic("empty")\n', "watch_leese = 3\n", WATCH_RENEW_EVERY="soon")
 
-    ended = site.run("celery", "-A", "watch_tasks", "worker", "-c", "1")
+    ended = site.run("-m", "celery", "-A", "watch_tasks", "worker", "-c", "1")
 
     assert ended.returncode == 1
     assert "unknown setting `watch_leese`, did you mean `watch_lease`?" in ended.stderr

@@ -115,7 +115,6 @@ odd.handler(lambda message: None, name="nothing") if False else odd.handler(name
 """
     )
     shown = site.run(
-        "python",
         "-c",
         "import topics_here; from watch_tasks import app\n"
         "t = app.tasks['watch.odd']\n"
@@ -221,7 +220,7 @@ def look(message):
     )
     site.worker()
 
-    site.run("python", "-c", "import topics_here; topics_here.own.send('again', index='a')")
+    site.run("-c", "import topics_here; topics_here.own.send('again', index='a')")
     site.send("own", "to the default queue")
     site.send("own", "to its own", queue="apart")
 
@@ -244,7 +243,7 @@ def test_topics_run_under_a_foreign_app(make_site: MakeSite) -> None:
     )
     site.worker(app="theirs")
 
-    site.run("python", "-c", "import theirs; theirs.topics_here.alarm.send({}, index='a'); theirs.add.delay(2, 3)")
+    site.run("-c", "import theirs; theirs.topics_here.alarm.send({}, index='a'); theirs.add.delay(2, 3)")
 
     site.until_handled(1)
     until(lambda: (site.folder / "added").exists(), "their own task has run")
