@@ -52,8 +52,9 @@ class Work:
     received: Message[Any]
     #: Its decoded data.
     data: Any
-    #: Its data as canonical JSON.
+    #: Its data as canonical JSON, and the digest of that.
     plain: bytes
+    digest: str
     #: Name of the worker that has it.
     worker: str
     progress: Progress
@@ -76,7 +77,9 @@ class Work:
         data = topic.decode(message.data)
         if message.index == message.id:  # nobody named it
             message = replace(message, index=topic.index_of(data) or message.id)
-        return cls(topic, message, data, plain, worker, Progress(message.retries, message.handled))
+        # Taken once: the claim, the commit and the record all carry it, and a payload may be large.
+        digest = hashlib.blake2b(plain, digest_size=16).hexdigest()
+        return cls(topic, message, data, plain, digest, worker, Progress(message.retries, message.handled))
 
     @property
     def once(self) -> Once:
@@ -86,10 +89,6 @@ class Work:
     def max_retries(self) -> int | None:
         limit = self.received.max_retries
         return self.topic.retry.max_retries if limit is None else limit
-
-    @property
-    def digest(self) -> str:
-        return hashlib.blake2b(self.plain, digest_size=16).hexdigest()
 
     def now(self) -> datetime:
         """The time by the storage's clock, without asking it."""

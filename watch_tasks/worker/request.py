@@ -90,7 +90,7 @@ class TopicRequest(Request):
         if isinstance(error, Yielded):
             state.task_ready(self)
             self._yield()
-        elif self._already_cancelled or self._already_revoked or _is_control(error) or getattr(error, SETTLED, False):
+        elif self._already_cancelled or self._already_revoked or _is_told(error):
             super().on_failure(exc_info, send_failed_event, return_ok)
         elif isinstance(error, _LOST) or not isinstance(error, Exception):
             self._lost(error)
@@ -212,5 +212,6 @@ def _as_far_as_the_pool_can(id: str) -> Iterator[None]:
         logger.warning("message %s runs on: this pool cannot end what runs", id)
 
 
-def _is_control(error: BaseException) -> bool:
-    return isinstance(error, (TaskPredicate, Terminated))
+def _is_told(error: BaseException) -> bool:
+    """Whether it is how our task, or Celery, tells the end of a message that is settled already."""
+    return isinstance(error, (TaskPredicate, Terminated)) or getattr(error, SETTLED, False)

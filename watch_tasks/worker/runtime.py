@@ -54,11 +54,8 @@ class Runtime:
         self.app = app
         self.pid = os.getpid()
         self.stop = stop
-        self.outlet = CeleryOutlet(app, self.settings_of)
+        self.outlet = CeleryOutlet(app, lambda: self.settings)
         self._pipelines: dict[str, Pipeline] = {}
-
-    def settings_of(self) -> Settings:
-        return self.settings
 
     @cached_property
     def settings(self) -> Settings:
