@@ -129,7 +129,7 @@ def _worker(folder: Path, url: str, pool: str, calls: Path) -> Iterator[None]:
             sys.exit(f"the worker ended by itself:\n{(folder / 'worker.log').read_text()}")
     finally:
         worker.terminate()
-        worker.wait(30)
+        worker.wait(60)  # Celery's pool takes half a minute now and then
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
