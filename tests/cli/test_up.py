@@ -84,7 +84,7 @@ class Up:
     def stop(self, number: int) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def is_gone(self) -> bool:
         """Whether no process of it is left: each holds a lock as long as it lives."""
