@@ -93,10 +93,11 @@ class TooLargeError(MessageError):
         limit: bytes it may take.
     """
 
-    def __init__(self, topic: str, size: int, limit: int) -> None:
+    def __init__(self, topic: str | None, size: int, limit: int) -> None:
+        # Without a topic it is a body that was not inflated any further.
+        what = f"topic `{topic}`: data takes {size} bytes" if topic else f"inflated, the body takes {size} bytes"
         super().__init__(
-            f"topic `{topic}`: data takes {size} bytes, at most {limit} are allowed; "
-            "store it elsewhere and send its name, or raise `watch_max_payload`"
+            f"{what}, at most {limit} are allowed; store it elsewhere and send its name, or raise `watch_max_payload`"
         )
         self.topic, self.size, self.limit = topic, size, limit
 

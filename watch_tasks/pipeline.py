@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from . import points
 from .errors import DeadLetterError, MessageError, SchemaError, StorageUnavailableError
 from .handlers import Interrupts, run_handler
 from .message import Message, Once
@@ -77,7 +78,7 @@ class Pipeline:
         find: Callable[[str], Topic[Any] | None],
         *,
         worker: str,
-        lease: float = 8.0,
+        lease: float = 6.0,
         max_crashes: int = 3,
         unknown_grace: float = 60.0,
         stopping: Callable[[], bool] = lambda: False,
@@ -135,6 +136,7 @@ class Pipeline:
             begun = time.monotonic()
             seconds = None if timeout is None else max(timeout - (begun - clock), 0.0)
             message = work.for_handler(handler.name, deadline)
+            points.reach("in_handler")
             try:
                 run_handler(handler, message, seconds, interrupts=self._interrupts, kill_after=self._kill_after)
             except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here
@@ -144,6 +146,7 @@ class Pipeline:
                 if self._stopping():
                     self._give_back(work)
                 raise
+            points.reach("after_effect")
             work.finished(handler.name)
             notes.append(("handler", work.note(handler=handler.name, seconds=time.monotonic() - begun)))
             if number + 1 < len(left):
@@ -167,6 +170,7 @@ class Pipeline:
             accepted = self._patiently(lambda: self.storage.commit_many(commits))
         except StorageUnavailableError:
             return [settlement.unsettled() for settlement in settlements]
+        points.reach("after_commit")
         outcomes = []
         for settlement, is_accepted in zip(settlements, accepted, strict=True):
             outcomes.append(settlement.outcome if is_accepted else Fenced())
@@ -269,6 +273,7 @@ class Pipeline:
     def _answer(self, work: Work, answer: Granted | Refused) -> Work | Outcome:
         if isinstance(answer, Granted):
             work.grant(answer)
+            points.reach("after_claim")
             if work.crashes < self._max_crashes:
                 return work
             error = DeadLetterError(f"its handler took the worker down {work.crashes} times")

@@ -31,7 +31,7 @@ __all__ = ["TopicHandler", "Topics", "Watcher"]
 logger = logging.getLogger(__name__)
 
 #: Seconds that a claim holds, and between two renewals.
-_LEASE: Final = 8.0
+_LEASE: Final = 6.0
 _RENEWAL: Final = 2.0
 #: Seconds that one look into the queue waits at most: how soon `stop` and `wait` are noticed. After a message the next
 #: look does not wait, so that the end of the queue is seen at once.

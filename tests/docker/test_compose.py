@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 #: What a user would put in their own: here, what a killed worker had in hand comes back after 10 s instead of 60.
 CONFIG = """
 imports = ("watch_tasks.examples.github_events", "watch_tasks.examples.flaky", "topics_here")
-broker_transport_options = {"visibility_timeout": 10}
+watch_lease = 4
+watch_renew_every = 1
 """
 
 #: How topics of one's own get into a worker's container; docs/containers.md shows the same.

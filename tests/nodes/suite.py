@@ -46,7 +46,7 @@ worker_soft_shutdown_timeout = 2
 watch_lease = 2
 watch_renew_every = 0.5
 """
-REDIS_CONFIG = 'broker_transport_options = {"visibility_timeout": 3, "unacked_restore_interval": 1}\n'
+REDIS_CONFIG = "watch_lease = 2\nwatch_renew_every = 0.5\n"
 # Seconds after which RabbitMQ gives a silent connection up, and hands out again what it held.
 RABBITMQ_CONFIG = "broker_heartbeat = 2\n"
 

@@ -30,6 +30,7 @@ from watch_tasks.queue.redis import RedisQueue, broker_url, send_error
 from watch_tasks.testing.queue import QueueSuite
 
 from ..servers import RedisServer, free_port
+from ..workers import until
 
 pytestmark = pytest.mark.integration
 
@@ -121,7 +122,7 @@ class TestCelery:
 
     def test_it_reads_what_the_queue_sends(self, app: Celery, queue: RedisQueue) -> None:
         sent = Message({"host": "web-1"}, "alarm", index="i", max_retries=2)
-        queue.push(sent, delay=3600)
+        queue.push(sent)
 
         with app.connection_for_read() as connection:
             simple = connection.SimpleQueue("celery")
@@ -135,7 +136,15 @@ class TestCelery:
         assert received.headers["task"] == "watch.alarm"
         assert received.headers["id"] == received.properties["correlation_id"] == sent.id
         assert received.headers["kwargsrepr"] == "{'index': 'i'}"
-        assert datetime.fromisoformat(received.headers["eta"]) > datetime.now(UTC) + timedelta(seconds=3500)
+
+    def test_what_it_sends_with_a_delay_is_no_matter_of_clocks(self, queue: RedisQueue, valkey: RedisServer) -> None:
+        queue.push(Message(1, "alarm"), delay=3600)
+        with valkey.client() as client:
+            assert client.llen("celery") == 0
+            ((_, due),) = client.zrange("celery\x06\x16later", 0, -1, withscores=True)
+            seconds, micros = client.time()
+        assert due / 1000 - seconds - micros / 1e6 == pytest.approx(3600, abs=5)
+        assert queue.len() == 1
 
     def test_its_headers_are_those_of_celery(self, app: Celery, queue: RedisQueue, valkey: RedisServer) -> None:
         app.send_task("watch.alarm", [1], ignore_result=True)
@@ -176,7 +185,7 @@ class TestWhatIsNoMessage:
         assert isinstance(second, Message)
         assert second.data == "good"
         with valkey.client() as client:
-            assert not client.exists("unacked", "unacked_index")
+            until(lambda: not list(client.scan_iter("watch.held:*")), "nothing is in hand")
 
     @pytest.mark.parametrize("item", [b"", b"\xff\xfe", b"null", b"[]", b'{"properties": 1}', b"[" * 5000])
     def test_an_item_that_is_no_envelope_comes_out_with_its_bytes(
@@ -220,60 +229,98 @@ class TestWhatIsNoMessage:
 
 class TestRedelivery:
     def test_what_a_dead_process_held_comes_again(self, valkey: RedisServer) -> None:
-        options = {"visibility_timeout": 0.2}
-        dead = RedisQueue(valkey.url, options=options)
-        dead.push(Message(1, "alarm"))
-        take_delivery(dead)
-        dead._kept.clear()  # nobody renews it any more
+        options = {"lease": 0.6, "renew_every": 0.2}
         with RedisQueue(valkey.url, options=options) as other:
+            assert other.next(timeout=0.1) is None  # looks after the others from now on
+            dead = RedisQueue(valkey.url, options=options)
+            dead.push(Message(1, "alarm"))
+            held = dead.next(timeout=5)
+            assert dead._flight
+            dead._flight._is_closed.set()  # nobody renews it any more
             assert take(other).data == 1  # type: ignore[union-attr]
+
+            assert held
+            held.ack()
+            assert other.len() == 0
         dead.close()
 
-    def test_what_is_held_is_renewed(self, valkey: RedisServer, queue: RedisQueue) -> None:
-        queue.push(Message(1, "alarm"))
-        delivery = take_delivery(queue)
-        with valkey.client() as client:
-            client.zadd("unacked_index", dict.fromkeys(client.zrange("unacked_index", 0, -1), 1.0))
+    def test_a_late_ack_takes_nothing_from_its_new_holder(self, valkey: RedisServer) -> None:
+        options = {"lease": 0.6, "renew_every": 0.2}
+        with RedisQueue(valkey.url, options=options) as other, RedisQueue(valkey.url, options=options) as frozen:
+            assert other.next(timeout=0.1) is None
+            frozen.push(Message(1, "alarm"))
+            held = frozen.next(timeout=5)
+            assert held
+            assert frozen._flight
+            frozen._flight._is_closed.set()
+            again = take_delivery(other)
+            held.ack()
+            frozen._flight._tell()
+            assert other._flight
+            with valkey.client() as client:
+                assert client.hlen(other._flight._held_key) == 1
+            again.back()
+            take_delivery(other).ack()
 
-            queue.renew()
+    def test_what_is_held_is_renewed(self, valkey: RedisServer) -> None:
+        options = {"lease": 0.6, "renew_every": 0.1}
+        with RedisQueue(valkey.url, options=options) as queue, RedisQueue(valkey.url, options=options) as other:
+            queue.push(Message(1, "alarm"))
+            delivery = take_delivery(queue)
+            assert other.next(timeout=2.0) is None
+            delivery.ack()
 
-            assert client.zrange("unacked_index", 0, -1, withscores=True)[0][1] > time.time() - 60
-        delivery.ack()
-
-    def test_what_nobody_refers_to_is_not_renewed(self, valkey: RedisServer, queue: RedisQueue) -> None:
+    def test_what_nobody_refers_to_goes_back(self, queue: RedisQueue) -> None:
         queue.push(Message(1, "alarm"))
         assert queue.next(timeout=10)
-        with valkey.client() as client:
-            client.zadd("unacked_index", dict.fromkeys(client.zrange("unacked_index", 0, -1), 1.0))
+        assert take(queue).data == 1  # type: ignore[union-attr]
 
-            queue.renew()
+    def test_when_nobody_looked_for_a_while_every_lease_begins_anew(self, valkey: RedisServer) -> None:
+        options = {"lease": 0.6, "renew_every": 0.2}
+        with RedisQueue(valkey.url, options=options) as dead:
+            dead.push(Message(1, "alarm"))
+            held = dead.next(timeout=5)
+            assert held
+            assert dead._flight
+            dead._flight._is_closed.set()
+            dead._flight._thread.join()
+            time.sleep(0.8)  # the lease is over, and so is half of one since anybody looked
+            began = time.monotonic()
+            with RedisQueue(valkey.url, options=options) as other:
+                take(other)
+                assert time.monotonic() - began > 0.5
 
-            assert client.zrange("unacked_index", 0, -1, withscores=True)[0][1] == 1.0
-
-    def test_after_a_lost_connection_messages_come_again_and_go_on(self, own_valkey: RedisServer) -> None:
+    def test_a_lost_connection_leaves_what_is_in_hand(self, own_valkey: RedisServer) -> None:
         with RedisQueue(own_valkey.url) as queue:
             queue.push(Message("in hand", "alarm"))
-            lost = take_delivery(queue)
+            held = take_delivery(queue)
             with own_valkey.client() as client:
                 client.client_kill_filter(_type="normal", skipme=True)
-            while True:
-                try:
-                    again = queue.next(timeout=10)
-                    break
-                except QueueUnavailableError:
-                    continue
+            with pytest.raises(QueueUnavailableError):
+                queue.next(timeout=10)
+            assert queue.next(timeout=0.7) is None
 
-            lost.ack()
+            held.ack()
 
-            assert again
-            assert again.message == lost.message
+            assert queue.next(timeout=0.7) is None
             with own_valkey.client() as client:
-                assert client.hlen("unacked") == 1
+                assert not list(client.scan_iter("watch.held:*"))
+
+    def test_an_answer_that_is_lost_loses_nothing(self, queue: RedisQueue) -> None:
+        assert queue.next(timeout=0.1) is None
+        queue.push(Message(1, "alarm"))
+        assert queue._flight
+        assert queue._reader
+        # The server moves the message, and nobody hears of it.
+        command = queue._flight.ask(1, queue._lists, [queue._later])
+        queue._client.execute_command("EVALSHA", *command[1:])
+        queue._drop_reader()
+        assert take(queue).data == 1  # type: ignore[union-attr]
 
 
 class TestTrouble:
     def test_a_server_that_is_not_there_is_a_failed_send(self) -> None:
-        with RedisQueue(f"redis://127.0.0.1:{free_port()}/0") as queue, pytest.raises(SendFailedError, match="connect"):
+        with RedisQueue(f"redis://127.0.0.1:{free_port()}/0") as queue, pytest.raises(SendFailedError, match="refused"):
             queue.push(Message(1, "alarm"))
 
     def test_a_server_that_is_not_there_is_unavailable(self) -> None:

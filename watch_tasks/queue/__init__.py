@@ -15,6 +15,8 @@ _SCHEMES = {
     "redis+socket": "watch_tasks.queue.redis:open_url",
     "unix": "watch_tasks.queue.redis:open_url",
     "sentinel": "watch_tasks.queue.redis:open_url",
+    "amqp": "watch_tasks.queue.amqp:open_url",
+    "amqps": "watch_tasks.queue.amqp:open_url",
 }
 
 
@@ -22,7 +24,9 @@ def open_queue(url: str) -> Queue:
     """Open a queue by URL, like a broker. It connects at its first use.
 
     `memory://` · `redis://` and `rediss://` (also Valkey) · `redis+socket:///path` or `unix:///path` ·
-    `sentinel://`. `?queue=name` names the Celery queue; default: Celery's own default, `celery`.
+    `sentinel://` · `amqp://` and `amqps://`.
+
+    `?queue=name` names the Celery queue; default: Celery's own default, `celery`.
 
     Raises:
         ConfigurationError: no such scheme, or the URL lacks something.

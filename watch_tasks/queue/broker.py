@@ -20,8 +20,6 @@ __all__ = ["ANSWER", "CONNECT", "TROUBLE", "broker_url", "check_url", "send_erro
 
 #: kombu's classes have no types.
 _kombu: Final[Any] = kombu
-#: Seconds after which a message that nobody renews is delivered again. Only safe because whoever holds one renews it.
-_VISIBILITY: Final = 15.0
 #: Seconds that a server may take for one answer, and to connect.
 ANSWER: Final = 5.0
 CONNECT: Final = 2.0
@@ -30,16 +28,8 @@ TROUBLE: Final = (redis.RedisError, kombu.exceptions.KombuError, OSError)
 
 
 def transport_options() -> dict[str, Any]:
-    """Return the options for kombu's Redis transport under which nothing waits for ever.
-
-    A visibility timeout this short needs somebody who renews what is in hand: RedisQueue does, Celery does not.
-    """
+    """Return the options for kombu's Redis transport, its own and ours, under which nothing waits for ever."""
     return {
-        "visibility_timeout": _VISIBILITY,
-        # Without these a dead worker's messages come back after 100 s, and after 300 s if it died while looking.
-        "unacked_restore_interval": 2,
-        "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 10,
         # kombu's default is to wait for ever.
         "socket_timeout": ANSWER,
         "socket_connect_timeout": CONNECT,

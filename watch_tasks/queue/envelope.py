@@ -5,10 +5,8 @@ Source of the form: Celery's documentation, "Message Protocol", version 2. What 
 
 from __future__ import annotations
 
-import bz2
 import os
 import socket
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +19,7 @@ from ..schema import PlainSchema, dump, load
 from ..topics import check_topic
 from . import wire
 from .base import Unreadable
+from .inflate import inflate
 
 __all__ = ["MAX_PAYLOAD", "Envelope", "pack", "unpack"]
 
@@ -139,15 +138,9 @@ def _inflate(body: bytes, compression: object, limit: int) -> bytes:
     if compression is None:
         return body
     try:
-        match compression:
-            case "application/x-gzip":  # what kombu calls so is zlib
-                return zlib.decompressobj().decompress(body, limit + 1)
-            case "application/x-bz2":
-                return bz2.BZ2Decompressor().decompress(body, limit + 1)
-    except (zlib.error, OSError, EOFError, ValueError) as exc:
-        raise _Unfit(Reason.UNDECODABLE, f"the body must be compressed by {compression!r}: {exc}") from exc
-    text = f"the compression must be `application/x-gzip`, `application/x-bz2` or none, got {compression!r}"
-    raise _Unfit(Reason.UNDECODABLE, text[:300])
+        return inflate(compression, body, limit)
+    except ValueError as exc:
+        raise _Unfit(Reason.UNDECODABLE, str(exc)) from exc
 
 
 def _seconds(headers: Mapping[str, Any], name: str) -> float | None:

@@ -1,140 +1,74 @@
-"""Celery's own queues on Redis or Valkey, read and written through kombu: what Celery workers send and handle, a
-Watcher can handle and send, and the other way round.
+"""Celery's own queues on Redis or Valkey: what Celery workers send and handle, a Watcher can handle and send, and the
+other way round.
 """
 
 from __future__ import annotations
 
-import base64
-import heapq
-import json
 import logging
 import threading
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from queue import Empty
-from typing import Any, ClassVar, Final, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
-import kombu
-import kombu.exceptions
 import redis
+from redis.exceptions import NoScriptError
 
 from ..errors import QueueClosedError, QueueUnavailableError, SendFailedError, SendUnknownError
 from ..message import Message
-from ..schema import load
+from ..storage.redis_client import mask, open_client
 from .base import Delivery, Queue, Unreadable
-from .broker import ANSWER, CONNECT, TROUBLE, broker_url, check_url, send_error, transport_options
-from .envelope import MAX_PAYLOAD, Envelope, pack, unpack
+from .broker import TROUBLE, broker_url, check_url, send_error, transport_options
+from .envelope import MAX_PAYLOAD, pack, unpack
+from .flight import EVERY, LEASE, Fetched, Flight, Item, later_key, later_words
+from .item import due_at, envelope_of, make_item, open_item, without_eta
 
 __all__ = ["RedisQueue", "broker_url", "open_url", "send_error", "transport_options"]
 
 logger = logging.getLogger(__name__)
 
-#: kombu's classes have no types.
-_kombu: Final[Any] = kombu
-
-#: Seconds between two renewals of what is held here, and between two looks for what others dropped; at most a fifth
-#: of the visibility timeout.
-_RENEWAL: Final = 3.0
+#: kombu's lists of one queue: a name, what separates it from a priority, and the priorities, the most urgent first.
+_SEPARATOR: Final = "\x06\x16"
+_STEPS: Final = (0, 3, 6, 9)
 #: Seconds that one wait at the server takes at most: how soon `close` is noticed.
 _SLICE: Final = 0.2
-
-
-class _Received:
-    """What lay in the queue, as kombu wants a message to look. Unlike kombu's own class it reads nothing, so that
-    nothing in it can raise, be inflated or be unpickled."""
-
-    def __init__(self, payload: dict[str, Any], channel: Any = None) -> None:
-        properties = payload["properties"]
-        self._raw = payload
-        self.channel = channel
-        self.delivery_tag: str = properties["delivery_tag"]
-        self.delivery_info: dict[str, Any] = properties["delivery_info"]
-
-    def envelope(self) -> Envelope:
-        """Return it with its body as bytes; what is not even base64 stays as it came."""
-        payload = self._raw
-        headers, body, kind = payload.get("headers"), payload.get("body"), payload.get("content-type")
-        raw = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else repr(body).encode()
-        if payload["properties"].get("body_encoding") == "base64":
-            try:
-                raw = base64.b64decode(raw, validate=True)
-            except ValueError:
-                kind = "not base64"
-        return Envelope(headers if isinstance(headers, dict) else {}, raw, kind if isinstance(kind, str) else None)
-
-
-def _as_envelope(queue: str, response: Any) -> Any:
-    """Let only envelopes through to kombu, which loses what is none: that is put into one of its own.
-
-    Args:
-        queue: where it came from, and goes back to if it is not acked.
-        response: the answer to BRPOP: the list's key and the item; nothing where none came in time.
-    """
-    if not response:
-        return response
-    key, item = response
-    try:
-        payload = load(item)
-        properties = payload["properties"]
-        info = properties["delivery_info"]
-        if isinstance(properties["delivery_tag"], str) and {"exchange", "routing_key"} <= info.keys():
-            return response
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    wrapped = {
-        "body": base64.b64encode(item).decode(),
-        "content-type": "not an envelope",
-        "content-encoding": "binary",
-        "headers": {},
-        "properties": {
-            "body_encoding": "base64",
-            "delivery_tag": str(uuid.uuid4()),
-            "delivery_info": {"exchange": "", "routing_key": queue},
-        },
-    }
-    return key, json.dumps(wrapped).encode()
+#: Options of kombu's that mean something here, and are the client's.
+_CLIENT_OPTIONS: Final = ("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections")
 
 
 class _Delivery(Delivery):
-    def __init__(self, queue: RedisQueue, channel: Any, tag: str, message: Message[Any] | Unreadable) -> None:
+    def __init__(
+        self, flight: Flight, item: Item, message: Message[Any] | Unreadable, back: Callable[[float], None]
+    ) -> None:
         self.message = message
-        self.tag = tag
-        #: The connection it came by: once that is gone, the message is delivered again.
-        self.channel = channel
-        self._queue = queue
-        self._is_open = True
+        self._flight, self._number, self._back = flight, item.number, back
 
     def ack(self) -> None:
-        if self._is_open:
-            self._queue._ack(self)
-            self._is_open = False
+        self._flight.ack(self._number)
 
     def back(self, delay: float = 0.0) -> None:
-        if self._is_open:
-            self._queue._hold(_Delivery(self._queue, self.channel, self.tag, self.message), delay)
-            self._is_open = False
+        if self._flight.has(self._number):
+            self._back(delay)
 
 
 class RedisQueue(Queue):
     """One of Celery's queues on a Redis or Valkey server.
 
-    A message that is not due yet, or that was handed back, is held by this process, unacknowledged; the server gives
-    it to another reader when this one closes, dies, or loses its connection. For as long as a delivery is referred
-    to, it is kept from other readers, however long its handling takes.
+    A message that is not due yet, or that was handed back, waits at the server. For as long as a delivery is referred
+    to, it is kept from other readers, however long its handling takes, and while the server is away.
 
     Args:
         url: the broker's URL, as Celery takes it.
         queue: the name of Celery's queue.
-        options: kombu's transport options beside those of `transport_options`; Celery workers on the same database
-            need the same `visibility_timeout`, since the smallest one wins.
+        options: of kombu's transport options, `global_keyprefix`, `priority_steps`, `lease`, `renew_every`,
+            `master_name` and those of the connection; Celery workers on the same queue need the same.
         max_payload: bytes of JSON that the data of a message may have.
 
     Raises:
-        ConfigurationError: the URL is none that kombu's Redis transport takes.
+        ConfigurationError: the URL is none of a Redis server.
     """
 
     survives_restart: ClassVar[bool] = True
@@ -147,262 +81,225 @@ class RedisQueue(Queue):
         options: dict[str, Any] | None = None,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
+        options = options or {}
         self.name = queue
-        self._url = broker_url(url)
-        # kombu would wait 2 s before its only further try to connect.
-        self._options = {"max_retries": 1, "interval_start": 0, **transport_options(), **(options or {})}
-        self._every = min(_RENEWAL, self._options["visibility_timeout"] / 5)
+        self._url = _with_options(broker_url(url), options)
+        prefix = options.get("global_keyprefix", "")
+        steps = options.get("priority_steps", _STEPS)
+        self._list = f"{prefix}{queue}"
+        self._lists = [f"{self._list}{_SEPARATOR}{step}" if step else self._list for step in steps]
+        self._later = later_key(queue, prefix)
+        self._prefix = prefix
+        self._lease, self._every = float(options.get("lease", LEASE)), float(options.get("renew_every", EVERY))
         self._max_payload = max_payload
         self._closed = threading.Event()
-        #: Who reads: `next`, or whoever drops the connection it reads from.
+        check_url(broker_url(url))
+        self._client = open_client(self._url)
         self._reading = threading.RLock()
-        self._reader: Any = None
-        self._channel: Any = None
-        self._arrived: list[_Received] = []
-        self._next_restore = 0.0
-        #: What waits here; its lock is never held while a server is asked.
-        self._held_lock = threading.Lock()
-        self._held: list[tuple[float, int, _Delivery]] = []
-        self._count = 0
-        self._kept: WeakValueDictionary[str, _Delivery] = WeakValueDictionary()
-        self._renewer: threading.Thread | None = None
-        #: kombu's producers are not for several threads.
-        self._sending = threading.Lock()
-        self._sender: Any = None
-        check_url(self._url)
+        self._reader: _Reader | None = None
+        self._flight: Flight | None = None
+        #: Those of lost connections, until what came by them is settled.
+        self._retired: WeakSet[Flight] = WeakSet()
 
     def __repr__(self) -> str:
-        return f"<RedisQueue {self.name} on {self._connection().as_uri()}>"
+        return f"<RedisQueue {self.name} on {mask(self._url)}>"
 
     # -- sending
 
     def push(self, message: Message[Any], *, delay: float = 0.0, bounded: bool = True) -> None:
-        envelope = pack(message, delay=delay, limit=self._max_payload if bounded else None)
+        envelope = pack(message, limit=self._max_payload if bounded else None)
+        item = make_item(envelope, self.name, message.id)
         self._check_open()
-        with self._sending:
+
+        def publish() -> None:
             try:
-                self._publish(envelope, message)
-            except SendUnknownError as unknown:
-                # Most likely a connection that broke while it idled. Twice is safe: the id is the same.
-                try:
-                    self._publish(envelope, message)
-                except SendFailedError:
-                    raise unknown from unknown.__cause__
+                if delay > 0:
+                    self._client.eval(*later_words(self._later, self._list, item, delay))
+                else:
+                    self._client.lpush(self._list, item)
+            except TROUBLE as exc:
+                raise send_error(exc, message) from exc
+
+        try:
+            publish()
+        except SendUnknownError as unknown:
+            # Most likely a connection that broke while it idled. Twice is safe: the id is the same.
+            try:
+                publish()
+            except SendFailedError:
+                raise unknown from unknown.__cause__
 
     def len(self) -> int:
-        with self._asking() as channel:
-            waiting = _count(channel, self.name)
-        with self._held_lock:
-            return waiting + len(self._held)
+        with self._asking() as client:
+            pipeline = client.pipeline(transaction=False).zcard(self._later)
+            for key in self._lists:
+                pipeline.llen(key)
+            return sum(map(int, pipeline.execute()))
 
     def clear(self) -> int:
-        with self._asking() as channel:
-            count = cast(int, channel.queue_purge(self.name))
-        with self._held_lock:
-            held, self._held = self._held, []
-        for _, _, delivery in held:
-            delivery.ack()
-        return count + len(held)
-
-    def _publish(self, envelope: Envelope, message: Message[Any]) -> None:
-        try:
-            channel = self._sending_channel()
-        except TROUBLE as exc:
-            raise SendFailedError(
-                f"message {message.id} of topic `{message.topic}` was not sent: "
-                f"cannot connect to {self._connection().as_uri()}: {exc}"
-            ) from exc
-        try:
-            _kombu.Producer(channel, auto_declare=False).publish(
-                envelope.body,
-                exchange="",
-                routing_key=self.name,
-                content_type=envelope.content_type,
-                content_encoding="utf-8",
-                headers=dict(envelope.headers),
-                correlation_id=message.id,
-            )
-        except TROUBLE as exc:
-            self._drop_sender()
-            raise send_error(exc, message) from exc
-
-    @contextmanager
-    def _asking(self) -> Iterator[Any]:
-        """Give the channel that sends and asks, alone."""
-        self._check_open()
-        with self._sending:
-            try:
-                yield self._sending_channel()
-            except TROUBLE as exc:
-                self._drop_sender()
-                raise self._unavailable(exc) from exc
-
-    def _sending_channel(self) -> Any:
-        self._sender = self._sender or self._connection()
-        return self._sender.default_channel
-
-    def _drop_sender(self) -> None:
-        sender, self._sender = self._sender, None
-        _close(sender)
+        with self._asking() as client:
+            pipeline = client.pipeline().zcard(self._later)
+            for key in self._lists:
+                pipeline.llen(key)
+            pipeline.delete(self._later, *self._lists)
+            return sum(map(int, pipeline.execute()[:-1]))
 
     # -- receiving
 
     def next(self, timeout: float | None = None) -> Delivery | None:
         end = None if timeout is None else time.monotonic() + timeout
         with self._reading:
-            self._check_open()
             while True:
+                self._check_open()
                 left = _SLICE if end is None else end - time.monotonic()
-                delivery = self._due() or self._receive(min(max(left, 0.01), _SLICE)) or self._due()
+                delivery = self._receive(min(max(left, 0.01), _SLICE))
                 if delivery or self._closed.is_set() or (end is not None and time.monotonic() >= end):
                     return delivery
 
     def _receive(self, seconds: float) -> _Delivery | None:
-        """Wait once at the server; return what came, unless it has to wait here."""
+        """Wait once at the server; return what came, unless it has to wait there."""
         try:
-            channel = self._reading_channel()
-            now = time.monotonic()
-            if now >= self._next_restore:
-                self._next_restore = now + self._every
-                channel.qos.restore_visible(num=channel.unacked_restore_limit, interval=1)
-            # The wait always ends with the server's answer: a message must not lie in our socket, unrecorded.
-            channel.brpop_timeout = seconds
-            try:
-                channel.connection.cycle.get(None, timeout=seconds + ANSWER)
-            except Empty:
-                if channel._in_poll:
-                    raise redis.TimeoutError(f"no answer within {ANSWER:.3g} s") from None
-        except Exception as exc:
-            # A connection that breaks under kombu's transport shows as an AttributeError or a KeyError as well.
+            if self._flight is None:
+                self._flight = Flight(
+                    lambda: open_client(self._url), prefix=self._prefix, lease=self._lease, every=self._every
+                )
+            if self._reader is None:
+                self._reader = _Reader(open_client(self._url, protocol=3), self._flight, self._lists, [self._later])
+            fetched = self._reader.fetch(seconds)
+            for item in fetched.items:
+                payload = open_item(item.raw, self.name)
+                due = due_at(payload["headers"])
+                if due is not None and due > fetched.now:
+                    self._flight.later(item, without_eta(payload), self._later, due=due)
+                    continue
+                message, _ = unpack(envelope_of(payload), limit=self._max_payload)
+                # A time that is over says nothing any more, and would be waited for by another clock.
+                raw = item.raw if due is None else without_eta(payload)
+                delivery = _Delivery(self._flight, item, message, partial(self._back, self._flight, item, raw))
+                self._flight.keep(item.number, delivery)
+                return delivery
+        except TROUBLE as exc:
             self._drop_reader()
             raise self._unavailable(exc) from exc
-        if not self._arrived:
-            return None
-        received = self._arrived.pop()
-        message, wait = unpack(received.envelope(), limit=self._max_payload)
-        delivery = _Delivery(self, channel, received.delivery_tag, message)
-        self._kept[delivery.tag] = delivery
-        if wait <= 0:
-            return delivery
-        self._hold(delivery, wait)
         return None
 
-    def _due(self) -> _Delivery | None:
-        with self._held_lock:
-            if self._held and self._held[0][0] <= time.monotonic():
-                return heapq.heappop(self._held)[2]
-        return None
-
-    def _hold(self, delivery: _Delivery, delay: float) -> None:
-        with self._held_lock:
-            if delivery.channel is self._channel:
-                self._count += 1
-                self._kept[delivery.tag] = delivery
-                heapq.heappush(self._held, (time.monotonic() + delay, self._count, delivery))
-
-    def _ack(self, delivery: _Delivery) -> None:
-        channel = delivery.channel
-        if channel is not self._channel:
-            # It goes, or went, to another reader under the same tag: an ack would take it from there.
-            logger.debug("message %s is delivered again: its connection was lost", delivery.message.id)
-            return
+    def _back(self, flight: Flight, item: Item, raw: bytes, delay: float) -> None:
         try:
-            channel.basic_ack(delivery.tag)
+            flight.later(item, raw, self._later, delay=delay)
         except TROUBLE as exc:
             raise self._unavailable(exc) from exc
-        self._kept.pop(delivery.tag, None)
-
-    def _reading_channel(self) -> Any:
-        if self._channel is None:
-            self._reader = self._connection()
-            channel = self._reader.default_channel
-            channel.Message = _Received
-            channel.client.set_response_callback("BRPOP", lambda response, **_: _as_envelope(self.name, response))
-            channel.basic_consume(self.name, no_ack=False, callback=self._arrived.append, consumer_tag=self.name)
-            self._channel = channel
-            if self._renewer is None:
-                self._renewer = threading.Thread(target=self._renew_all, name="watch-renewals", daemon=True)
-                self._renewer.start()
-        return self._channel
 
     def _drop_reader(self) -> None:
-        """Let go of the connection; what came by it and is not acked goes back to the server, as far as it answers."""
-        with self._held_lock:
-            self._channel = None
-            self._held.clear()
-        self._kept.clear()
-        self._arrived.clear()
+        """Let go of the connection; what it may have brought and nobody saw goes back, what is in hand stays."""
         reader, self._reader = self._reader, None
-        _close(reader)
-
-    def _renew_all(self) -> None:
-        while not self._closed.wait(self._every):
-            try:
-                self.renew()
-            except QueueUnavailableError as exc:
-                logger.warning("could not renew what is in hand, trying again in %.3g s: %s", self._every, exc)
-
-    def renew(self) -> None:
-        """Keep what is in hand from being delivered to others; done every few seconds by a thread of this queue."""
-        channel, tags = self._channel, list(self._kept.keys())
-        if channel is None or not tags:
-            return
-        try:
-            with channel.conn_or_acquire() as client:
-                client.zadd(channel.unacked_index_key, dict.fromkeys(tags, time.time()), xx=True)
-        except TROUBLE as exc:
-            raise self._unavailable(exc) from exc
+        if reader is not None:
+            reader.close()
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.retire()
+            self._retired.add(flight)
 
     # -- life
 
     def close(self) -> None:
         self._closed.set()
         with self._reading:
-            self._drop_reader()
-        with self._sending:
-            self._drop_sender()
-        if self._renewer:
-            self._renewer.join(timeout=ANSWER)
+            if self._reader is not None:
+                self._reader.close()
+                self._reader = None
+            for flight in (*self._retired, *([self._flight] if self._flight else [])):
+                flight.close()
+        self._client.close()
+        self._client.connection_pool.disconnect()
 
-    def _connection(self) -> Any:
-        return _kombu.Connection(self._url, transport_options=self._options, connect_timeout=CONNECT)
+    @contextmanager
+    def _asking(self) -> Iterator[Any]:
+        self._check_open()
+        try:
+            yield self._client
+        except TROUBLE as exc:
+            raise self._unavailable(exc) from exc
 
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise QueueClosedError("the queue was closed")
 
     def _unavailable(self, error: BaseException) -> QueueUnavailableError:
-        return QueueUnavailableError(f"queue `{self.name}` on {self._connection().as_uri()} does not answer: {error}")
+        return QueueUnavailableError(f"{mask(self._url)} does not answer: {error or type(error).__name__}")
 
 
-def _count(channel: Any, queue: str) -> int:
-    try:
-        return cast(int, channel.queue_declare(queue, passive=True).message_count)
-    except kombu.exceptions.ChannelError:  # kombu's word for an empty list
-        return 0
+class _Reader:
+    """Fetches by a connection of its own, and waits there until the server tells of something new."""
+
+    def __init__(self, client: redis.Redis, flight: Flight, lists: Sequence[str], laters: Sequence[str]) -> None:
+        self._client, self._flight, self._lists, self._laters = client, flight, lists, laters
+        self._connection: Any = None
+
+    def fetch(self, seconds: float) -> Fetched:
+        """Return one item, or none when none came in time."""
+        connection = self._connect()
+        end = time.monotonic() + seconds
+        fetched = self._ask(connection)
+        while not fetched.items:
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            if connection.can_read(timeout=left if fetched.due is None else max(min(left, fetched.due), 0.001)):
+                connection.read_response(push_request=True)
+            fetched = self._ask(connection)
+        return fetched
+
+    def close(self) -> None:
+        with suppress(*TROUBLE):
+            if self._connection is not None:
+                self._connection.disconnect()
+            self._client.connection_pool.disconnect()
+
+    def _connect(self) -> Any:
+        if self._connection is None:
+            pool: Any = self._client.connection_pool
+            self._connection = pool.get_connection()
+            self._connection.send_command("CLIENT", "TRACKING", "ON")
+            self._connection.read_response()
+        return self._connection
+
+    def _ask(self, connection: Any) -> Fetched:
+        try:
+            connection.send_command(*self._flight.ask(1, self._lists, self._laters))
+            while True:
+                answer = connection.read_response(push_request=True)
+                # Anything else is a push, which comes in between.
+                if isinstance(answer, list) and answer and isinstance(answer[0], int):
+                    return self._flight.fetched(answer)
+        except NoScriptError:
+            self._flight.failed()
+            self._flight.teach()
+            return self._ask(connection)
+        except BaseException:
+            self._flight.failed()
+            raise
 
 
-def _close(connection: Any) -> None:
-    if connection is None:
-        return
-    try:
-        connection.close()
-    except Exception as exc:  # noqa: BLE001 - whatever a broken connection raises, it is let go of
-        logger.warning("messages in hand come back when their time is over, closing failed: %s", exc)
+def _with_options(url: str, options: dict[str, Any]) -> str:
+    """Return the URL with what the options say of the connection."""
+    names = (*_CLIENT_OPTIONS, "master_name")
+    said = {name: str(options[name]) for name in names if options.get(name) is not None}
+    if not said:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}{urlencode(said)}"
 
 
 def open_url(url: str) -> RedisQueue:
     """Open `redis://host:port/db`, `rediss://…`, `redis+socket:///path`, `unix:///path` or
     `sentinel://host:port;sentinel://host:port?master_name=…`.
 
-    `?queue=name` names Celery's queue; what else stands there is kombu's.
+    `?queue=name` names Celery's queue; what else stands there is the connection's.
 
     Raises:
-        ConfigurationError: the URL is none that kombu takes.
+        ConfigurationError: the URL is none of a Redis server.
     """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     name = query.pop("queue", "celery")
-    options = {"master_name": query.pop("master_name")} if "master_name" in query else {}
     plain = urlunsplit(parts._replace(query=urlencode(query)))
-    return RedisQueue(plain if parts.netloc else plain.replace(":/", ":///", 1), name, options=options)
+    return RedisQueue(plain if parts.netloc else plain.replace(":/", ":///", 1), name)

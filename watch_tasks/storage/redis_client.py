@@ -36,7 +36,7 @@ _SENTINEL: Final = ("master_name", "sentinel_username", "sentinel_password")
 _KNOWN: Final = ("db", "virtual_host", *_NUMBERS, *_TLS, *_SENTINEL)
 
 
-def open_client(url: str, *own: str) -> redis.Redis:
+def open_client(url: str, *own: str, protocol: int = 2) -> redis.Redis:
     """Return a client for a URL; it connects at its first use.
 
     Args:
@@ -45,6 +45,7 @@ def open_client(url: str, *own: str) -> redis.Redis:
             with `?master_name=`. The options `socket_timeout` (default 5 s), `socket_connect_timeout` (2 s),
             `health_check_interval` (10 s), `max_connections`, `ssl_…` and `sentinel_password` go with each.
         own: options of the URL that are the caller's own.
+        protocol: of the server's wire: 3 has pushes, and costs a greeting at each connection.
 
     Raises:
         ConfigurationError: an option is unknown, lacking or cannot be read.
@@ -64,8 +65,8 @@ def open_client(url: str, *own: str) -> redis.Redis:
     scheme = url.partition("://")[0]
     try:
         if scheme == "sentinel":
-            return _behind_sentinel(url, options)
-        return _direct(urlsplit(url), options)
+            return _behind_sentinel(url, options, protocol)
+        return _direct(urlsplit(url), options, protocol)
     except ValueError as exc:
         raise ConfigurationError(f"`{mask(url)}`: {exc}") from exc
 
@@ -90,8 +91,8 @@ def _mask_host(address: str) -> str:
     return f"{scheme}{separator}{user}{colon and ':***'}{at}{host}"
 
 
-def _direct(url: SplitResult, options: Options) -> redis.Redis:
-    settings = _settings(options)
+def _direct(url: SplitResult, options: Options, protocol: int) -> redis.Redis:
+    settings = _settings(options, protocol)
     if url.scheme in ("unix", "redis+socket"):
         if not url.path.strip("/"):
             raise ValueError("names no socket: expected `unix:///path/of/the.sock`")
@@ -104,7 +105,7 @@ def _direct(url: SplitResult, options: Options) -> redis.Redis:
     return redis.Redis(**place, **_login(url), **settings)
 
 
-def _behind_sentinel(url: str, options: Options) -> redis.Redis:
+def _behind_sentinel(url: str, options: Options, protocol: int) -> redis.Redis:
     master = options.get("master_name")
     if not master:
         raise ValueError("lacks the name of the master: add `?master_name=…`")
@@ -115,7 +116,7 @@ def _behind_sentinel(url: str, options: Options) -> redis.Redis:
     sentinels = {
         name: options[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in options
     }
-    settings = _settings(options)
+    settings = _settings(options, protocol)
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         [(unquote(host.hostname or "localhost"), _port(host) or _SENTINEL_PORT) for host in hosts],
         sentinel_kwargs={**_BOUNDS, **sentinels, "retry": _retry()},
@@ -135,14 +136,13 @@ def _port(url: SplitResult) -> int | None:
         raise ValueError("has no port that is a number; in a password, write `/`, `?`, `#` and `@` as %2F …") from None
 
 
-def _settings(options: Options) -> dict[str, Any]:
+def _settings(options: Options, protocol: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         **_BOUNDS,
         "socket_keepalive": True,
         "health_check_interval": _HEALTH_CHECK,
         "retry": _retry(),
-        # Nothing of the newer protocol is used, and it costs a greeting at each connection.
-        "protocol": 2,
+        "protocol": protocol,
     }
     for name, kind in _NUMBERS.items():
         if name in options:

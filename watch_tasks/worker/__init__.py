@@ -10,6 +10,7 @@ from ..errors import ConfigurationError
 from ..registry import registry
 from ..storage import Storage
 from ..topics import Outlet, Topic
+from ..transport import install as install_transport
 from .runtime import runtime_of
 from .settings import Settings, read_settings, recommended
 from .task import register
@@ -29,6 +30,7 @@ def install(app: Celery) -> Celery:
         The app.
     """
 
+    install_transport()
     if _MARK in app.__dict__:
         return app
     app.__dict__[_MARK] = True

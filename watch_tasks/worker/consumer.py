@@ -14,16 +14,18 @@ from celery.app.trace import build_tracer
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, DecodeError
-from kombu.transport.virtual import Base64
 from kombu.transport.virtual import Channel as VirtualChannel
 
-from .. import heartbeat
+from .. import heartbeat, points
 from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
 from ..outcome import Busy, Dead, Outcome, Reason
 from ..queue import wire
+from ..queue.item import NO_ENVELOPE
 from ..registry import registry
+from ..transport.bounded import bound_decoders
+from ..transport.codec import ForgivingBase64
 from .runtime import runtime_of
-from .settings import visibility_timeout
+from .settings import transport_leases
 
 __all__ = ["WatchConsumer"]
 
@@ -48,10 +50,10 @@ class WatchConsumer(Consumer):
         self.runtime.name_worker(hostname)
         _check(app, pool, self.runtime)
         topics = list(registry)
-        transport = dict(app.conf.broker_transport_options or {})
-        if "visibility_timeout" in transport:
-            transport["visibility_timeout"] = max(transport["visibility_timeout"], visibility_timeout(topics))
-            app.conf.broker_transport_options = transport
+        bound_decoders(self.runtime.settings.max_payload + _ENVELOPE)
+        leases = transport_leases(app.conf, self.runtime.settings)
+        if leases is not None:
+            app.conf.broker_transport_options = leases
         queues = app.amqp.queues
         if queues._consume_from is None:  # nobody chose by -Q
             for name in {topic.queue for topic in topics if topic.queue}:
@@ -77,7 +79,7 @@ class WatchConsumer(Consumer):
         connection = super().connect()
         channel = connection.default_channel
         if isinstance(channel, VirtualChannel):
-            channel.codecs = {**channel.codecs, "base64": _Base64()}
+            channel.codecs = {**channel.codecs, "base64": ForgivingBase64()}
         return connection
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -101,6 +103,7 @@ class WatchConsumer(Consumer):
         handle = super().create_task_handler(*args, **options)
 
         def receive(message: Any) -> Any:
+            points.reach("after_fetch")
             try:
                 if not self._refuse(message):
                     return handle(message)
@@ -111,7 +114,7 @@ class WatchConsumer(Consumer):
         return receive
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        self._bury(message, Reason.UNDECODABLE, exc)
+        self._bury(message, Reason.TOO_LARGE if isinstance(exc, TooLargeError) else Reason.UNDECODABLE, exc)
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
         self._bury(message, Reason.MALFORMED, "the header `task` is missing: it is no task message")
@@ -133,6 +136,9 @@ class WatchConsumer(Consumer):
 
     def _refuse(self, message: Any) -> bool:
         """Bury a message of ours that cannot become one; say whether that was so."""
+        if message.content_type == NO_ENVELOPE:
+            self._bury(message, Reason.UNDECODABLE, "the item in the queue must be an envelope of kombu's, in JSON")
+            return True
         headers = message.headers
         topic = wire.topic_of(headers.get("task")) if isinstance(headers, dict) else None
         if topic is None or f"{wire.PREFIX}{topic}" not in self.app.tasks:
@@ -209,16 +215,6 @@ class WatchConsumer(Consumer):
         message.reject_log_error(logger, self.connection_errors, requeue=True)
 
 
-class _Base64(Base64):
-    """kombu's codec for bodies, which leaves what is no base64 as it is: to be read, and buried, as a message."""
-
-    def decode(self, s: Any) -> bytes:
-        try:
-            return bytes(super().decode(s))
-        except ValueError:
-            return str(s).encode("utf-8", "replace")
-
-
 def _check(app: Any, pool: Any, runtime: Any) -> None:
     """End the start with every complaint there is."""
     try:
@@ -236,6 +232,10 @@ def _check(app: Any, pool: Any, runtime: Any) -> None:
         missing = settings.missing_server()
         if missing:
             complaints.append(missing)
+        try:
+            points.arm()
+        except ConfigurationError as exc:
+            complaints += exc.complaints
         try:
             heartbeat.beat()
         except OSError as exc:

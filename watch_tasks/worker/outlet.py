@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from amqp.exceptions import AMQPError
 from celery import Celery
 from celery.app.task import get_actual_ignore_result
+from celery.utils.quorum_queues import detect_quorum_queues
 from kombu.exceptions import KombuError
 
 from ..errors import TooLargeError
@@ -64,7 +68,15 @@ class CeleryOutlet:
 
     def _send(self, message: Message[Any], delay: float, headers: dict[str, Any], options: dict[str, Any]) -> None:
         args, keywords = wire.arguments(message)
+        expires = options.pop("expires", None)
+        if expires is not None:
+            # In the header only, where a worker reads it and buries: Celery's option becomes the broker's own time to
+            # live as well, and RabbitMQ would let the message vanish.
+            headers["expires"] = expires.isoformat() if isinstance(expires, datetime) else expires
         try:
+            if delay > 0 and self._delays_in_broker:
+                # RabbitMQ's native delay counts in whole seconds; Celery cuts off, and fails below one.
+                delay = float(math.ceil(delay))
             self._app.send_task(
                 wire.task_name(message.topic),
                 args,
@@ -78,5 +90,11 @@ class CeleryOutlet:
                 **wire.reprs(message),
                 **{"ignore_result": True, **options},
             )
-        except (KombuError, OSError, TimeoutError) as exc:
+        except (KombuError, AMQPError, OSError, TimeoutError) as exc:
             raise send_error(exc, message) from exc
+
+    @property
+    def _delays_in_broker(self) -> bool:
+        """Whether Celery hands delays to the broker: RabbitMQ with a quorum queue."""
+        transport = self._app.connection_for_write().get_transport_cls()  # nothing is connected by this
+        return bool(detect_quorum_queues(self._app, transport.driver_type)[0])

@@ -19,6 +19,7 @@ from celery.worker.request import Request
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
 
+from .. import points
 from ..errors import MessageError, StorageError
 from ..message import Message
 from ..outcome import Busy, Dead, Outcome, Reason
@@ -56,6 +57,7 @@ class TopicRequest(Request):
         super().on_accepted(pid, time_accepted)
 
     def acknowledge(self) -> None:
+        points.reach("before_ack")
         self._drop()
         super().acknowledge()
 
@@ -175,13 +177,13 @@ class TopicRequest(Request):
         timer.start()
 
     def _yield(self) -> None:
-        """Let go of a delivery that another worker took over, without a word to the broker.
+        """Let go of a delivery that another worker took over, without an ack.
 
-        The Redis transport keeps the other worker's delivery under the same tag: an ack would delete that one.
+        A transport of kombu's own keeps the other worker's delivery under the same tag: there, any word takes it away.
         """
         self._drop()
         channel = self.message.channel
-        if isinstance(channel, VirtualChannel):
+        if isinstance(channel, VirtualChannel) and not getattr(channel, "tags_are_unique", False):
             self.acknowledged = True
             VirtualQoS.ack(channel.qos, self.message.delivery_tag)
         else:

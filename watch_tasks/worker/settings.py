@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ConfigurationError, did_you_mean
 from ..queue.redis import transport_options
-from ..topics import Topic
 from . import embedded
 
-__all__ = ["Settings", "read_settings", "recommended", "visibility_timeout"]
+__all__ = ["Settings", "read_settings", "recommended", "transport_leases"]
 
 #: Schemes of brokers that can be the storage as well.
 _REDIS: Final = ("redis", "rediss", "redis+socket", "unix", "sentinel")
-
-#: Seconds after which the broker hands a message out again that its worker neither finished nor gave back.
-#: Short, because a message that is still being handled is recognised by its claim.
-_VISIBILITY: Final = 60.0
 
 #: What we recommend of Celery's own settings, where the user says nothing. Only what concerns a worker or a
 #: connection as a whole: what concerns a task is set on our own tasks, so that others under the same app keep theirs.
@@ -59,8 +54,8 @@ class Settings:
     storage_url: str
     #: Folder of the embedded server and of what `watch-tasks up` leaves there.
     watch_dir: Path
-    #: Seconds that a claim holds without renewal.
-    lease: float = 8.0
+    #: Seconds that a claim, and what the broker handed over, hold without renewal.
+    lease: float = 6.0
     #: Seconds between two renewals.
     renew_every: float = 2.0
     #: How often a handler may take its worker down before the message is dead.
@@ -182,7 +177,7 @@ def recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> dict[str,
     broker = ours.get("broker_url") or _broker_of(conf)
     scheme = broker.partition("://")[0]
     if scheme in _REDIS:
-        ours["broker_transport_options"] = {**transport_options(), "visibility_timeout": _VISIBILITY}
+        ours["broker_transport_options"] = transport_options()
     elif scheme in ("amqp", "amqps", "pyamqp"):
         # Without confirms the first messages after a restart of the broker vanish.
         ours["broker_transport_options"] = {"confirm_publish": True}
@@ -197,6 +192,8 @@ def recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> dict[str,
     return added
 
 
-def visibility_timeout(topics: Iterable[Topic[Any]]) -> float:
-    """Return the least seconds after which a broker may hand out again: twice the longest timeout of a topic."""
-    return max((2 * topic.timeout for topic in topics if topic.timeout), default=0.0)
+def transport_leases(conf: Any, settings: Settings) -> dict[str, Any] | None:
+    """Return the broker's transport options with the leases of our settings, or None where it has no leases."""
+    if settings.broker_url.partition("://")[0] not in _REDIS:
+        return None
+    return {"lease": settings.lease, "renew_every": settings.renew_every, **(conf.broker_transport_options or {})}

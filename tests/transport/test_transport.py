@@ -1,0 +1,424 @@
+"""The Redis transport as kombu's users see it, beside kombu's own, on real servers."""
+
+from __future__ import annotations
+
+import bz2
+import gc
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import kombu
+import kombu.transport
+import pytest
+import redis
+from kombu.transport.redis import Transport as StockTransport
+
+from watch_tasks.errors import TooLargeError
+from watch_tasks.queue.item import NO_ENVELOPE
+from watch_tasks.transport import install
+from watch_tasks.transport.redis import SentinelTransport, Transport
+
+from ..servers import RedisServer
+from ..workers import until
+
+pytestmark = pytest.mark.integration
+
+#: Leases that end soon.
+SHORT = {"lease": 0.8, "renew_every": 0.2}
+
+
+class Reader:
+    """A consumer of one queue or several, with everything it was given."""
+
+    def __init__(self, connection: kombu.Connection, *queues: str, prefetch: int = 0, **options: Any) -> None:
+        self.connection = connection
+        self.channel: Any = connection.channel()
+        self.messages: list[Any] = []
+        self.errors: list[tuple[Any, BaseException]] = []
+        if prefetch:
+            self.channel.basic_qos(0, prefetch, False)
+        self.consumer = kombu.Consumer(
+            self.channel,
+            [kombu.Queue(name) for name in queues or ("q",)],
+            on_message=self.messages.append,
+            on_decode_error=lambda message, error: self.errors.append((message, error)),
+            **options,
+        )
+        self.consumer.consume()
+
+    def drain(self, seconds: float = 0.3) -> list[Any]:
+        """Let come what comes within some seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with suppress(socket.timeout):
+                self.connection.drain_events(timeout=max(end - time.monotonic(), 0.01))
+        return self.messages
+
+    def take(self, count: int = 1) -> list[Any]:
+        """Wait until so many have come."""
+        until(lambda: bool(self.drain(0.02)) and len(self.messages) >= count, f"{count} messages")
+        return self.messages
+
+    def bodies(self) -> list[Any]:
+        return [message.payload for message in self.messages]
+
+
+@pytest.fixture(params=["valkey", "redis_server"])
+def server(request: pytest.FixtureRequest) -> RedisServer:
+    found: RedisServer = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def connect(server: RedisServer) -> Iterator[Callable[..., kombu.Connection]]:
+    made: list[kombu.Connection] = []
+
+    def make(transport: Any = Transport, url: str = "", **options: Any) -> kombu.Connection:
+        made.append(kombu.Connection(url or server.url, transport=transport, transport_options=options))
+        return made[-1]
+
+    yield make
+    for connection in made:
+        connection.release()
+
+
+def send(connection: kombu.Connection, *bodies: Any, queue: str = "q", **options: Any) -> None:
+    for body in bodies:
+        connection.default_channel  # noqa: B018 - connects
+        kombu.Producer(connection.default_channel).publish(
+            body, routing_key=queue, declare=[kombu.Queue(queue)], **options
+        )
+
+
+def in_hand(server: RedisServer) -> int:
+    with server.client() as client:
+        return sum(client.hlen(key) for key in client.scan_iter("watch.held:*"))
+
+
+class TestMessages:
+    def test_they_come_in_order_and_are_gone_when_acked(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        send(connection, *range(250))
+        reader = Reader(connection)
+        assert [message.payload for message in reader.take(250)] == list(range(250))
+        assert in_hand(server) == 250
+        for message in reader.messages:
+            message.ack()
+        until(lambda: in_hand(server) == 0, "all are told")
+
+    @pytest.mark.parametrize(("sender", "receiver"), [(StockTransport, Transport), (Transport, StockTransport)])
+    def test_what_one_transport_writes_the_other_reads(self, connect: Any, sender: Any, receiver: Any) -> None:
+        send(connect(sender), {"a": [1, "ü"]}, headers={"x": 1}, priority=0)
+        reader = Reader(connect(receiver))
+        (message,) = reader.take()
+        assert (message.payload, message.headers["x"]) == ({"a": [1, "ü"]}, 1)
+        message.ack()
+
+    def test_what_one_gives_back_the_other_reads(self, connect: Any) -> None:
+        ours = connect()
+        send(ours, "back")
+        Reader(ours).take()
+        ours.release()
+        reader = Reader(connect(StockTransport))
+        assert reader.take()[0].payload == "back"
+        reader.messages[0].ack()
+
+    def test_no_more_are_taken_than_the_prefetch_limit(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        send(connection, *range(10))
+        reader = Reader(connection, prefetch=3)
+        assert len(reader.drain()) == 3
+        with server.client() as client:
+            assert (client.llen("q"), in_hand(server)) == (7, 3)
+        reader.messages[1].ack()
+        assert len(reader.drain()) == 4
+
+    def test_the_most_urgent_come_first_over_all_queues(self, connect: Any) -> None:
+        connection = connect()
+        for queue in ("one", "two"):
+            for priority in (9, 0, 5):
+                send(connection, [priority, queue], queue=queue, priority=priority)
+        reader = Reader(connection, "one", "two", prefetch=1)
+        for count in range(1, 7):
+            reader.take(count)[count - 1].ack()
+        assert [body[0] for body in reader.bodies()] == [0, 0, 5, 5, 9, 9]
+
+    def test_a_busy_queue_does_not_starve_another(self, connect: Any) -> None:
+        connection = connect()
+        send(connection, *["busy"] * 20, queue="one")
+        send(connection, *["quiet"] * 2, queue="two")
+        reader = Reader(connection, "one", "two", prefetch=1)
+        for count in range(1, 7):
+            reader.take(count)[count - 1].ack()
+        assert reader.bodies().count("quiet") == 2
+
+    def test_what_needs_no_ack_is_not_kept(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        send(connection, 1, 2)
+        Reader(connection, no_ack=True).take(2)
+        until(lambda: in_hand(server) == 0, "none is in hand")
+
+    def test_one_can_be_fetched_by_itself(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        send(connection, 1, 2)
+        queue = kombu.Queue("q")(connection.channel())
+        first, second = queue.get(), queue.get(no_ack=True)
+        assert (first.payload, second.payload, queue.get()) == (1, 2, None)
+        until(lambda: in_hand(server) == 1, "only the first is in hand")
+        first.ack()
+        until(lambda: in_hand(server) == 0, "both are settled")
+
+    def test_a_purge_takes_what_is_due_later_as_well(self, connect: Any) -> None:
+        connection = connect()
+        send(connection, 1)
+        send(connection, 2, headers={"eta": (datetime.now(UTC) + timedelta(hours=1)).isoformat()})
+        queue = kombu.Queue("q")(connection.channel())
+        assert queue.purge() == 2
+        assert queue.get() is None
+
+    def test_a_prefix_of_keys_is_kept_to(self, connect: Any, server: RedisServer) -> None:
+        connection = connect(global_keyprefix="mine:")
+        send(connection, 1)
+        send(connection, 2, headers={"eta": (datetime.now(UTC) + timedelta(seconds=0.3)).isoformat()})
+        reader = Reader(connection)
+        assert sorted(message.payload for message in reader.take(2)) == [1, 2]
+        with server.client() as client:
+            assert all(key.startswith(b"mine:") for key in client.scan_iter())
+
+    def test_a_batch_is_published_whole(self, connect: Any) -> None:
+        connection = connect()
+        producer = kombu.Producer(connection.default_channel)
+        with producer.batch(50):
+            for number in range(120):
+                producer.publish(number, routing_key="q", declare=[kombu.Queue("q")])
+        assert sorted(message.payload for message in Reader(connection).take(120)) == list(range(120))
+
+
+class TestHandingBack:
+    def test_a_rejected_message_comes_again_and_says_so(self, connect: Any) -> None:
+        connection = connect()
+        send(connection, "again", "other")
+        reader = Reader(connection, prefetch=1)
+        reader.take()[0].requeue()
+        assert [message.payload for message in reader.take(2)] == ["again", "other"]
+        reader.messages[1].ack()
+        last = reader.take(3)[2]
+        assert (last.payload, last.headers["redelivered"], last.delivery_info["redelivered"]) == ("again", True, True)
+
+    def test_a_closed_channel_gives_back_at_once_and_in_order(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        send(connection, *range(5))
+        reader = Reader(connection)
+        reader.take(5)[2].ack()
+        reader.channel.close()
+        with server.client() as client:
+            assert client.llen("q") == 4
+        assert [message.payload for message in Reader(connect()).take(4)] == [0, 1, 3, 4]
+
+    def test_what_is_forgotten_goes_back(self, connect: Any) -> None:
+        connection = connect(**SHORT)
+        send(connection, 1)
+        reader = Reader(connection)
+        reader.take()
+        reader.messages.clear()
+        gc.collect()
+        assert reader.take()[0].headers["redelivered"]
+
+    def test_what_a_dead_reader_held_goes_to_others_and_its_late_ack_does_nothing(
+        self, connect: Any, server: RedisServer
+    ) -> None:
+        connection = connect(**SHORT)
+        send(connection, 1)
+        dead = Reader(connection)
+        dead.take()
+        dead.channel.flight._is_closed.set()  # its thread ends: nobody renews
+        other = Reader(connect(**SHORT))
+        other.take()
+
+        dead.messages[0].ack()
+        dead.channel.flight._tell()
+
+        assert in_hand(server) == 1
+        other.messages[0].ack()
+        until(lambda: in_hand(server) == 0, "the new holder settles it")
+
+    def test_a_lost_connection_keeps_what_is_handled_meanwhile(self, connect: Any, server: RedisServer) -> None:
+        connection = connect(**SHORT)
+        send(connection, 1)
+        reader = Reader(connection)
+        (message,) = reader.take()
+        with server.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(connection.connection_errors):
+            reader.drain(3)
+        connection.release()
+        other = Reader(connect(**SHORT))
+        assert other.drain(2.0) == []
+
+        message.ack()
+
+        until(lambda: in_hand(server) == 0, "the ack of the old connection counts")
+
+    def test_an_answer_that_was_lost_loses_nothing(self, connect: Any) -> None:
+        connection = connect(**SHORT)
+        reader = Reader(connection)
+        reader.drain(0.1)
+        send(connect(), 1)
+        reader.channel.look()
+        reader.channel._ask(1)  # the server moves it, and the connection breaks
+        reader.channel._fail()
+        connection.release()
+        assert Reader(connect(**SHORT)).take()[0].payload == 1
+
+
+class TestDelays:
+    def eta(self, seconds: float) -> str:
+        return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+    def test_it_waits_at_the_server_however_it_was_sent(self, connect: Any, server: RedisServer) -> None:
+        for transport in (Transport, StockTransport):
+            send(connect(transport), 1, headers={"eta": self.eta(3600)})
+        reader = Reader(connect())
+        assert reader.drain() == []
+        with server.client() as client:
+            assert (client.zcard("q\x06\x16later"), client.llen("q"), in_hand(server)) == (2, 0, 0)
+
+    def test_it_comes_when_it_is_due_and_asks_no_other_clock(self, connect: Any) -> None:
+        connection = connect()
+        began = time.monotonic()
+        send(connection, 1, headers={"eta": self.eta(0.6), "id": "x"})
+        (message,) = Reader(connection).take()
+        assert 0.5 < time.monotonic() - began < 5
+        assert (message.headers["eta"], message.headers["id"]) == (None, "x")
+
+    def test_equal_ones_are_two(self, connect: Any) -> None:
+        connection = connect()
+        payload = {"headers": {"eta": self.eta(0.2)}, "properties": {"priority": 0}, "body": "1"}
+        for _ in range(2):
+            connection.default_channel._put("q", payload)
+        with connection.default_channel.conn_or_acquire() as client:
+            assert client.zcard("q\x06\x16later") == 2
+
+
+class TestGarbage:
+    @pytest.mark.parametrize("item", [b"", b"\xff\xfe", b"null", b"[]", b'{"properties": 1}', b"[" * 5000, b"} "])
+    def test_what_is_no_envelope_comes_with_its_bytes(self, connect: Any, server: RedisServer, item: bytes) -> None:
+        with server.client() as client:
+            client.lpush("q", item)
+        (message,) = Reader(connect()).take()
+        assert (message.content_type, message.body) == (NO_ENVELOPE, item.rstrip(b" ") if item == b"} " else item)
+
+    def test_a_body_that_is_no_base64_ends_nothing(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        send(connection, 1)
+        with server.client() as client:
+            payload = json.loads(client.rpop("q"))
+            client.lpush("q", json.dumps({**payload, "body": "§"}))
+        (message,) = Reader(connection).take()
+        assert message.body == "§".encode()
+
+    def test_a_bomb_stays_as_it_came(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        bomb = bz2.compress(b"0" * 50_000_000)
+        send(connection, bomb, serializer=None, content_type="application/json", content_encoding="binary")
+        with server.client() as client:
+            payload = json.loads(client.rpop("q"))
+            payload["headers"]["compression"] = "application/x-bz2"
+            client.lpush("q", json.dumps(payload))
+        reader = Reader(connection)
+        reader.drain()
+        ((message, error),) = reader.errors
+        assert isinstance(error, TooLargeError)
+        assert message.body == bomb
+
+
+class TestServers:
+    def test_a_server_that_forgets_its_scripts_is_told_them(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        reader = Reader(connection)
+        reader.drain(0.1)
+        with server.client() as client:
+            client.script_flush()
+        send(connection, 1)
+        assert reader.take()[0].payload == 1
+
+    def test_where_the_server_tells_nothing_it_is_asked(self, connect: Any, server: RedisServer) -> None:
+        with server.client() as client:
+            client.acl_setuser(
+                "mute", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-client|tracking"]
+            )
+        connection = connect(url=server.url.replace("redis://", "redis://mute:x@"))
+        reader = Reader(connection)
+        reader.drain(0.2)
+        assert not reader.channel._is_told
+        send(connection, 1)
+        assert reader.take()[0].payload == 1
+        with server.client() as client:
+            client.acl_deluser("mute")
+
+    def test_a_new_message_is_told_of(self, connect: Any) -> None:
+        connection = connect()
+        reader = Reader(connection, "one", "two")
+        reader.drain(0.1)
+        assert reader.channel._is_told
+        reader.channel._ask_at = time.monotonic() + 60  # nothing but a push makes it ask
+        send(connect(), 1, queue="two", priority=5)
+        assert reader.take()[0].payload == 1
+
+    def test_a_full_server_can_be_emptied(self, own_valkey: RedisServer, connect: Any) -> None:
+        connection = connect(url=own_valkey.url, **SHORT)
+        send(connection, *range(100))
+        with own_valkey.client() as client:
+            client.config_set("maxmemory", "1")
+        reader = Reader(connection, prefetch=10)
+        for count in range(1, 101):
+            reader.take(count)[count - 1].ack()
+        assert len(reader.drain(1.5)) == 100
+        until(lambda: in_hand(own_valkey) == 0, "the acks went through")
+
+    def test_a_socket_in_the_file_system_works(self, tmp_path: Path, connect: Any) -> None:
+        path = tmp_path / "v.sock"
+        server = RedisServer(tmp_path / "own", unixsocket=str(path)).start()
+        try:
+            connection = kombu.Connection(f"redis+socket://{path}", transport=None)
+            with connection:
+                send(connection, 1)
+                (message,) = Reader(connection).take()
+                message.ack()
+        finally:
+            server.stop()
+
+
+class TestInstall:
+    @pytest.fixture(autouse=True)
+    def _table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kombu.transport, "TRANSPORT_ALIASES", dict(kombu.transport.TRANSPORT_ALIASES))
+        monkeypatch.setattr(kombu.transport, "_transport_cache", {})
+
+    @pytest.mark.parametrize(
+        ("url", "kind"),
+        [
+            ("redis://h/0", Transport),
+            ("rediss://h/0", Transport),
+            ("redis+socket:///s", Transport),
+            ("sentinel://h", SentinelTransport),
+        ],
+    )
+    def test_urls_stay_and_mean_it(self, url: str, kind: type) -> None:
+        before = kombu.Connection(url).as_uri()
+        install()
+        install()
+        connection = kombu.Connection(url)
+        assert connection.get_transport_cls() is kind
+        assert connection.as_uri() == before
+
+    def test_it_looks_like_kombus_own(self, valkey: RedisServer) -> None:
+        with kombu.Connection(valkey.url, transport=Transport) as connection:
+            assert (connection.transport.driver_type, connection.transport.driver_name) == ("redis", "redis")
+            assert isinstance(connection.default_channel.client, redis.Redis)

@@ -1,0 +1,162 @@
+"""Workers on a real RabbitMQ, with the preset and without."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import kombu
+import kombu.pools
+import pytest
+
+from watch_tasks import Reason, presets
+from watch_tasks.queue.amqp import DEAD_LETTERS
+
+from ..rabbit import RabbitServer, find_rabbit
+from ..servers import RedisServer
+from ..workers import Site, until
+
+pytestmark = pytest.mark.worker
+
+TOPICS = """
+job = topic("job", retry=RetryPolicy(max_retries=1, backoff=1.2, jitter=False))
+later = topic("later", retry=RetryPolicy(backoff=40, jitter=False))
+slow = topic("slow", queue="slow", retry=RetryPolicy(max_retries=2, backoff=0.3, jitter=False))
+
+@job.handler
+def work(message):
+    note("work", message)
+    if message.data == "fails":
+        raise ValueError("not today")
+    if message.data == "poison":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if isinstance(message.data, (int, float)):
+        time.sleep(message.data)
+
+@later.handler
+def fail(message):
+    raise ValueError("not today")
+
+@slow.handler
+def crawl(message):
+    note("crawl", message)
+    if message.retries < 2:
+        raise ValueError("again")
+"""
+CONFIG = 'from watch_tasks import presets\nglobals().update(presets.rabbitmq("slow"))\n'
+
+
+class RabbitSite(Site):
+    """A site whose producer has the same preset as its workers, and whose storage is a Valkey."""
+
+    def __init__(self, folder: Path, url: str, storage: str) -> None:
+        super().__init__(folder, url, TOPICS, CONFIG, WATCH_STORAGE_BACKEND=storage, WATCH_UNKNOWN_GRACE="4")
+        self.bare.conf.update(presets.rabbitmq("slow"))
+
+
+@pytest.fixture(scope="module")
+def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    server = RabbitServer(tmp_path_factory.mktemp("rabbit"), find_rabbit())
+    try:
+        yield server.start()
+    finally:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def site(tmp_path: Path, rabbit: RabbitServer, valkey: RedisServer) -> Iterator[RabbitSite]:
+    with kombu.Connection(rabbit.url) as connection:
+        for name in ("celery", "slow", DEAD_LETTERS):  # a worker that is killed at the end of a test acks nothing
+            connection.channel().queue_delete(name)
+    site = RabbitSite(tmp_path / "site", rabbit.url, valkey.url)
+    yield site
+    site.close()
+    kombu.pools.reset()
+
+
+def count(rabbit: RabbitServer, queue: str) -> int:
+    with kombu.Connection(rabbit.url) as connection:
+        return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+
+
+def test_kills_under_load_lose_nothing(site: RabbitSite, rabbit: RabbitServer) -> None:
+    sent = {f"job-{number}" for number in range(150)}
+    worker = site.worker()
+    for number, index in enumerate(sorted(sent)):
+        site.send("job", 0.02, index=index)
+        if number % 40 == 39:
+            worker.kill()
+            worker = site.worker()
+
+    site.until_handled(len(sent), 60)
+    assert set(site.calls("index")) == sent
+    assert not site.dead()
+    assert count(rabbit, DEAD_LETTERS) == 0
+
+
+def test_what_is_tried_again_waits_in_the_broker(site: RabbitSite) -> None:
+    site.worker()
+    site.send("job", "fails", index="fails", expires=3600)
+    site.send("slow", 1, index="slow", queue="slow")
+
+    site.until_dead(1)
+    site.until_handled(1)
+    at = {name: [line["at"] for line in site.lines() if line["handler"] == name] for name in ("work", "crawl")}
+    assert [len(at["work"]), len(at["crawl"])] == [2, 3]
+    assert at["work"][1] - at["work"][0] > 1.2
+    # Two retries after 0.3 s each; where publishing them fails, only the end of a lease brings the next one.
+    assert at["crawl"][2] - at["crawl"][0] < 8
+    assert [letter.reason for letter in site.dead()] == [Reason.EXHAUSTED]
+
+
+def test_what_cannot_be_handled_is_a_dead_letter_of_ours(site: RabbitSite, rabbit: RabbitServer) -> None:
+    worker = site.worker()
+    site.send("job", "poison", index="poison")
+    site.send("nobody", 1)
+    with kombu.Connection(rabbit.url) as connection:
+        message = connection.default_channel.prepare_message(b"\xff{", content_type="application/json")
+        connection.default_channel.basic_publish(message, exchange="", routing_key="celery")
+
+    site.until_dead(3, 60)
+
+    reasons = Counter(letter.reason for letter in site.dead())
+    assert reasons[Reason.KILLED_WORKER] == 1
+    assert reasons[Reason.UNKNOWN_TOPIC] == 1
+    assert worker.is_running()
+    assert count(rabbit, DEAD_LETTERS) == 0
+
+
+def test_a_copy_that_expires_while_it_waits_is_buried(site: RabbitSite) -> None:
+    site.worker()
+    site.send("job", "fails", index="short", expires=2.0)
+
+    # Its retry is due in 2 s, after it expired: as the broker's own time to live that would be the end of it.
+    site.until_dead(1)
+
+    assert [letter.reason for letter in site.dead()] == [Reason.EXPIRED]
+    assert site.calls() == {"work": 1}
+
+
+def test_a_copy_never_carries_a_time_to_live_of_the_broker(site: RabbitSite, rabbit: RabbitServer) -> None:
+    site.worker()
+    site.send("later", 1, expires=3600)
+
+    with kombu.Connection(rabbit.url) as connection:
+        channel = connection.default_channel
+        until(lambda: channel.queue_declare("celery_delayed_5", passive=True).message_count > 0, "it waits", 20)
+        waiting = channel.basic_get("celery_delayed_5", no_ack=True)
+
+    assert "expiration" not in waiting.properties
+    assert waiting.headers["expires"]
+
+
+def test_queues_of_another_kind_are_said_so(site: RabbitSite, rabbit: RabbitServer) -> None:
+    with kombu.Connection(rabbit.url) as connection:
+        connection.default_channel.queue_declare("celery", durable=True, auto_delete=False)
+
+    done = site.run("-m", "celery", "-A", "watch_tasks", "worker", "-P", "solo")
+
+    assert done.returncode != 0
+    assert "drain and delete both" in done.stderr
