@@ -27,6 +27,7 @@ FLOORS: Final = {
     "pipeline": 3,
     "work": 3,
     "handlers": 3,
+    "company": 3,
     "leases": 3,
     "watcher": 3,
     "storage": 2,

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from . import points
+from .company import Company
 from .errors import DeadLetterError, MessageError, SchemaError, StorageUnavailableError
 from .handlers import Interrupts, run_handler
 from .message import Message, Once
@@ -52,6 +53,8 @@ _Notes = list[tuple[str, bytes]]
 _PAUSES: Final = (0.05, 2.0)
 #: Seconds after which a message of an unknown topic is looked at again, at most.
 _UNKNOWN_PAUSE: Final = 5.0
+#: Seconds that a last try waits at most for the others in its process, and until it is asked for again.
+_ALONE: Final = 10.0
 #: Unknown messages whose first sight is remembered.
 _UNKNOWN_KEPT: Final = 10_000
 
@@ -98,6 +101,7 @@ class Pipeline:
         self._kill_after = kill_after
         self._nonces = itertools.count()
         self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._company = Company()
 
     # -- the path
 
@@ -106,11 +110,34 @@ class Pipeline:
         return self.handle_many((message,))[0]
 
     def handle_many(self, messages: Sequence[Message[Any]]) -> list[Outcome]:
-        """Take several all the way: claimed in one round trip, handled in order, settled in one round trip."""
-        begun = self.begin(messages)
-        settlements = {number: self.run(work) for number, work in enumerate(begun) if isinstance(work, Work)}
-        settled = dict(zip(settlements, self.settle(list(settlements.values())), strict=True))
+        """Take several all the way: claimed in one round trip, handled in order, settled in one round trip.
+
+        The last try of a message that took workers down runs alone in its process, so that nobody else dies of it.
+        """
+        with self._company:
+            begun = self.begin(messages)
+            works = {number: work for number, work in enumerate(begun) if isinstance(work, Work)}
+            last = [number for number, work in works.items() if 0 < work.crashes == self._max_crashes - 1]
+            if len(works) == len(last) == 1 and self._company.stay_alone():
+                last = []
+            settlements = {
+                # Let go of meanwhile: a message that waits for its turn must not count as one that was started.
+                number: Settlement(work.commit(Step.RELEASED), Busy(0.0)) if number in last else self.run(work)
+                for number, work in works.items()
+            }
+            settled = dict(zip(settlements, self.settle(list(settlements.values())), strict=True))
+        for number in last:
+            settled[number] = self._handle_alone(messages[number])
         return [work if isinstance(work, Outcome) else settled[number] for number, work in enumerate(begun)]
+
+    def _handle_alone(self, message: Message[Any]) -> Outcome:
+        if not self._company.enter_alone(_ALONE):
+            return Busy(_ALONE)
+        try:
+            (work,) = self.begin((message,))
+            return work if isinstance(work, Outcome) else self.settle([self.run(work)])[0]
+        finally:
+            self._company.__exit__()
 
     def begin(self, messages: Sequence[Message[Any]]) -> list[Work | Outcome]:
         """Decode and claim. A message that is not to be handled has its Outcome, stored."""
