@@ -118,6 +118,7 @@ class Topic(Generic[T]):
         queue: str | None = None,
         keep_data: bool = True,
         retention: float | None = WEEK,
+        max_waiting: int | None = None,
     ) -> None:
         self.name = check_topic(name)
         self.schema = schema_of(schema)
@@ -135,6 +136,9 @@ class Topic(Generic[T]):
                 f"got {retention!r}"
             )
         self.retention = retention
+        if max_waiting is not None and (isinstance(max_waiting, bool) or max_waiting < 1):
+            raise ValueError(f"topic `{name}`: `max_waiting` must be at least 1, or None, got {max_waiting!r}")
+        self.max_waiting = max_waiting
         self.handlers: tuple[Handler, ...] = ()
         self._outlet: Outlet | None = None
 
@@ -336,6 +340,7 @@ def topic(
     queue: str | None = None,
     keep_data: bool = True,
     retention: float | None = WEEK,
+    max_waiting: int | None = None,
 ) -> Topic[T]:
     """Define a topic and register it: under every Celery app it becomes the task `watch.<name>`.
 
@@ -351,6 +356,9 @@ def topic(
         queue: the Celery queue; None: the app's default queue. Workers read all of them.
         keep_data: whether the record keeps the data.
         retention: seconds that a record is kept, at least a day; None: for ever. Default a week.
+        max_waiting: how many messages may wait in the queue when one is sent; beyond that, a send waits for room, and
+            then raises QueueFullError. Holds back senders of this package only, and never retries; about as exact as
+            senders are few. None: no bound.
 
     Raises:
         TopicError: the name is no name of a topic, or another module uses it.
@@ -367,6 +375,7 @@ def topic(
         queue=queue,
         keep_data=keep_data,
         retention=retention,
+        max_waiting=max_waiting,
     )
     caller = inspect.currentframe()
     module = caller.f_back.f_globals.get("__name__", "?") if caller and caller.f_back else "?"

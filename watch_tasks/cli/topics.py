@@ -67,21 +67,14 @@ def waiting_in(app: Celery, queues: set[str]) -> dict[str, int]:
     """
     from kombu.exceptions import KombuError
 
+    from ..worker.waiting import count_waiting
+
     with app.connection_for_read() as connection:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=4)
-            return {queue: _length(connection, queue) for queue in queues}
+            return {queue: count_waiting(connection, queue) for queue in queues}
         except (*connection.connection_errors, KombuError, OSError) as exc:
             raise QueueUnavailableError(f"the broker {connection.as_uri()} does not answer: {exc}") from exc
-
-
-def _length(connection: Any, queue: str) -> int:
-    try:
-        with connection.channel() as channel:
-            return int(channel.queue_declare(queue=queue, passive=True).message_count)
-    except connection.channel_errors:
-        # 404: nobody has declared it yet; on Redis that is what an empty queue is.
-        return 0
 
 
 def _row(program: Program, name: str, topic: Topic[Any] | None) -> dict[str, Any]:

@@ -370,6 +370,10 @@ class Channel(stock.Channel):
 
     # -- the queue as a whole
 
+    def count_later(self, queue: str) -> int:
+        """Return how many messages of a queue are not due yet."""
+        return int(self._plain().zcard(later_key(queue, self.global_keyprefix)))
+
     def _purge(self, queue: str) -> int:
         later = later_key(queue, self.global_keyprefix)
         client = self._plain()

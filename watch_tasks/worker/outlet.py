@@ -19,6 +19,7 @@ from ..queue import wire
 from ..queue.redis import send_error
 from ..registry import registry
 from ..schema import dump
+from .waiting import wait_for_room
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -43,6 +44,8 @@ class CeleryOutlet:
             raise TooLargeError(message.topic, size, limit)
         topic = registry.get(message.topic)
         options: dict[str, Any] = {"queue": topic.queue} if topic and topic.queue else {}
+        if topic:
+            wait_for_room(self._app, topic, message, self._settings().send_wait)
         self._send(message, delay, {}, options)
 
     def push_copy(self, message: Message[Any], delay: float, request: Any) -> None:
@@ -65,6 +68,29 @@ class CeleryOutlet:
         task = self._app.tasks[wire.task_name(message.topic)]
         options["ignore_result"] = get_actual_ignore_result(task, request)
         self._send(message, delay, headers, options)
+
+    def push_raw(self, message: Message[Any], raw: bytes) -> None:
+        """Send a message in the bytes it came in, which may hold what Celery embeds: a chain, callbacks.
+
+        Args:
+            message: what the bytes stand for; its number of the copy is sent with them.
+            raw: the body, in JSON.
+        """
+        name, amqp = wire.task_name(message.topic), self._app.amqp
+        args, keywords = wire.arguments(message)
+        made = amqp.create_task_message(message.id, name, args, keywords, ignore_result=True, **wire.reprs(message))
+        kind = {"content_type": "application/json", "content_encoding": "utf-8"}
+        made = made._replace(
+            headers={**made.headers, **wire.headers(message)}, properties={**made.properties, **kind}, body=raw
+        )
+        topic = registry.get(message.topic)
+        queue = {"queue": topic.queue} if topic and topic.queue else {}
+        options = amqp.router.route(queue, name, args, keywords)
+        try:
+            with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
+                amqp.send_task_message(producer, name, made, **options)
+        except (KombuError, AMQPError, OSError, TimeoutError) as exc:
+            raise send_error(exc, message) from exc
 
     def _send(self, message: Message[Any], delay: float, headers: dict[str, Any], options: dict[str, Any]) -> None:
         args, keywords = wire.arguments(message)

@@ -66,6 +66,8 @@ class Settings:
     max_payload: int = 1_048_576
     #: Seconds past its timeout after which a handler that cannot be cut off ends its process (prefork).
     kill_after: float = 5.0
+    #: Seconds that a send waits for room in a queue with a bound.
+    send_wait: float = 10.0
 
     def missing_server(self) -> str | None:
         """Return what to do where the embedded server is the broker and does not answer; None: nothing."""
@@ -106,6 +108,7 @@ _OURS: Final[dict[str, tuple[str, Callable[[Any], Any], str]]] = {
     "watch_unknown_grace": ("unknown_grace", _seconds, "seconds above 0"),
     "watch_max_payload": ("max_payload", _whole, "a number of bytes above 0"),
     "watch_kill_after": ("kill_after", _seconds, "seconds above 0"),
+    "watch_send_wait": ("send_wait", _seconds, "seconds above 0"),
 }
 
 
