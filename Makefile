@@ -9,7 +9,7 @@ EXAMPLES := watch_tasks.examples.github_events watch_tasks.examples.feed
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint format chaos docker constraints clean
+.PHONY: help up test lint format chaos bench docker constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ format: $(READY) ## put the code into its form
 
 chaos: $(READY) ## run the long tests: workers and servers are killed under load
 	$(BIN)/python -m pytest -m chaos --timeout 1800
+
+bench: $(READY) ## measure beside other libraries, on a server of its own
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.drain
 
 docker: $(READY) ## run the tests in containers: the image, compose.yaml, Redis and RabbitMQ
 	$(BIN)/python -m pytest -m docker tests/docker

@@ -1,0 +1,155 @@
+"""The broker stalls, hangs up, or goes away while workers work: nothing is started twice, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..servers import RedisServer
+from ..workers import Site, until
+
+pytestmark = pytest.mark.worker
+
+MakeSite = Callable[..., Site]
+
+#: Leases that end soon.
+SHORT = {"WATCH_LEASE": "2", "WATCH_RENEW_EVERY": "0.5"}
+
+GATE = """
+gate = topic("gate")
+
+@gate.handler
+def enter(message):
+    note("enter", message)
+    wait_for("open")
+    note("leave", message)
+"""
+
+QUICK = """
+quick = topic("quick")
+
+@quick.handler
+def run(message):
+    note("run", message)
+"""
+
+
+def pass_time(seconds: float) -> None:
+    """Let real time go by where that is the fault itself."""
+    signal.sigtimedwait([], seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "leases"),
+    [pytest.param(7, SHORT, id="short leases"), pytest.param(20, {}, id="20 s", marks=pytest.mark.chaos)],
+)
+def test_a_stall_of_the_server_for_three_leases_starts_nothing_twice(
+    make_site: MakeSite, own_valkey: RedisServer, seconds: float, leases: dict[str, str]
+) -> None:
+    site = make_site(GATE, url=own_valkey.url, **leases)
+    site.worker(concurrency=2)
+    site.worker(concurrency=2)
+    for number in range(4):
+        site.send("gate", number, index=str(number))
+    until(lambda: site.calls()["enter"] == 4, "the handlers run")
+
+    own_valkey.signal(signal.SIGSTOP)
+    pass_time(seconds)
+    own_valkey.signal(signal.SIGCONT)
+    pass_time(seconds * 0.4)  # longer than a lease
+    assert site.calls() == {"enter": 4}
+    site.touch("open")
+
+    site.until_handled(4, 60)
+    assert site.calls() == {"enter": 4, "leave": 4}
+
+
+def test_a_server_that_is_killed_and_comes_back_goes_on_with_everything(
+    make_site: MakeSite, own_valkey: RedisServer
+) -> None:
+    site = make_site(QUICK, url=own_valkey.url)
+    site.worker(concurrency=2)
+    sent = []
+    for round_number in range(3):
+        for number in range(40):
+            sent.append(site.send("quick", number, index=f"{round_number}-{number}"))
+        own_valkey.stop(signal.SIGKILL)
+        pass_time(0.5)
+        own_valkey.start()
+
+    until(lambda: site.handled() == len(sent), "all are handled", 90, site.report)
+    assert {line["id"] for line in site.lines()} == set(sent)
+
+
+def test_a_connection_that_breaks_under_a_handler_does_not_start_it_again(
+    make_site: MakeSite, own_valkey: RedisServer
+) -> None:
+    site = make_site(GATE, url=own_valkey.url, **SHORT)
+    site.worker(concurrency=1)
+    site.worker(concurrency=1)
+    site.send("gate", 1, index="a")
+    until(lambda: site.calls()["enter"] == 1, "the handler runs")
+    for _ in range(2):
+        with own_valkey.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+            client.client_kill_filter(_type="pubsub", skipme=True)
+        pass_time(3)
+    site.touch("open")
+    site.until_handled(1, 60)
+    pass_time(1)
+    assert site.calls() == {"enter": 1, "leave": 1}
+    until(lambda: not _in_hand(own_valkey), "its ack came by another connection", 30)
+
+
+def test_a_send_to_a_server_that_hangs_ends_and_sending_again_is_safe(
+    make_site: MakeSite, own_valkey: RedisServer
+) -> None:
+    site = make_site(QUICK, url=own_valkey.url)
+    program = site.folder / "send_once.py"
+    program.write_text(
+        "import json, sys, time\n"
+        "from topics_here import quick\n"
+        "from watch_tasks import Message, SendUnknownError, SendFailedError\n"
+        "import watch_tasks; watch_tasks.app\n"
+        "message = Message(1, 'quick', index='a')\n"
+        "began = time.monotonic()\n"
+        "try:\n"
+        "    quick.send(message)\n"
+        "except SendUnknownError as exc:\n"
+        "    kind, message = 'unknown', exc.message\n"
+        "except SendFailedError:\n"
+        "    kind = 'failed'\n"
+        "print(json.dumps([kind, time.monotonic() - began]), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "quick.send(message)\n"
+    )
+    own_valkey.signal(signal.SIGSTOP)
+    sender: Any = subprocess.Popen(
+        [sys.executable, program.name],
+        cwd=Path(site.folder),
+        env=site.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    kind, seconds = json.loads(sender.stdout.readline())
+    assert kind in ("unknown", "failed")
+    assert seconds < 40
+    own_valkey.signal(signal.SIGCONT)
+    sender.communicate("\n", timeout=60)
+    assert sender.returncode == 0
+    site.worker(concurrency=1)
+    site.until_handled(1)
+    assert site.calls() == {"run": 1}
+
+
+def _in_hand(server: RedisServer) -> int:
+    with server.client() as client:
+        return sum(client.hlen(key) for key in client.scan_iter("watch.held:*"))
