@@ -382,6 +382,20 @@ class TestServers:
         assert len(reader.drain(1.5)) == 100
         until(lambda: in_hand(own_valkey) == 0, "the acks went through")
 
+    def test_a_full_server_still_gives_a_dead_readers_messages_to_others(
+        self, own_valkey: RedisServer, connect: Any
+    ) -> None:
+        connection = connect(url=own_valkey.url, **SHORT)
+        send(connection, 1)
+        dead = Reader(connection)
+        dead.take()
+        other = Reader(connect(url=own_valkey.url, **SHORT))
+        other.drain(0.3)
+        with own_valkey.client() as client:
+            client.config_set("maxmemory", "1")
+        dead.channel.flight._is_closed.set()
+        other.take()[0].ack()
+
     def test_a_socket_in_the_file_system_works(self, tmp_path: Path, connect: Any) -> None:
         path = tmp_path / "v.sock"
         server = RedisServer(tmp_path / "own", unixsocket=str(path)).start()
