@@ -171,10 +171,15 @@ class StorageMachine(RuleBasedStateMachine):
             message = _pick(free, pick)
             self.world.put(message.index, message)
 
-    @precondition(lambda self: self._dead() and len(self.world.broker) < 10)
-    @rule(pick=picks)
-    def replay(self, pick: int) -> None:
-        self.world.replay(_pick(self._dead(), pick))
+    @precondition(lambda self: self._listed() and len(self.world.replays) < 4)
+    @rule(pick=picks, force=st.booleans())
+    def replay(self, pick: int, force: bool) -> None:
+        self.world.replay(_pick(self._listed(), pick), force=force)
+
+    @precondition(lambda self: self.world.replays and len(self.world.broker) < 10)
+    @rule(pick=picks, fault=faults)
+    def publish_replay(self, pick: int, fault: Fault) -> None:
+        self.world.publish_replay(_pick(self.world.replays, pick), fault)
 
     @precondition(lambda self: self._listed())
     @rule(pick=picks, really=st.integers(0, 1))
@@ -190,9 +195,6 @@ class StorageMachine(RuleBasedStateMachine):
 
     def _at(self, stage: Stage) -> list[Hand]:
         return [hand for hand in self.world.hands if hand.stage is stage]
-
-    def _dead(self) -> list[Sent]:
-        return [message for message in self._listed() if message.is_dead]
 
     def _listed(self) -> list[Sent]:
         return [message for message in self.world.truth.sent.values() if message.is_listed]

@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from watch_tasks.storage.base import Storage
 from watch_tasks.storage.memory import MemoryStorage, _State, _Status
 from watch_tasks.storage.memory_records import Entry, Key
-from watch_tasks.storage.protocol import Claim, Commit, Refusal, Refused
+from watch_tasks.storage.protocol import Claim, Commit, Refusal, Refused, Replay, Replayed
 
 from .machine import StorageMachine
 from .truth import Invariant, Violation
@@ -114,6 +114,33 @@ class LastingState(MemoryStorage):
         return
 
 
+class NoCompare(MemoryStorage):
+    """A letter may be replayed while somebody else is at it."""
+
+    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
+        state = self._states.get(replay.id)
+        if state and state.status is _Status.REPLAYING:
+            state.until = now
+        return super()._replay_one(replay, now)
+
+
+class FreshCopy(MemoryStorage):
+    """A replay that is repeated is another copy, beside the one that may travel already."""
+
+    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
+        state = self._states.get(replay.id)
+        if state and state.status is _Status.REPLAYING and now >= state.until:
+            state.status = _Status.DEAD
+        return super()._replay_one(replay, now)
+
+
+class NoNewer(MemoryStorage):
+    """An old message is replayed though a newer one of its index was handled."""
+
+    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
+        return super()._replay_one(replace(replay, force=True), now)
+
+
 def find_violation(storage: type[MemoryStorage], machine: type[StorageMachine] = StorageMachine) -> Violation | None:
     """Return how a storage breaks its promises, in schedules that are the same each time."""
 
@@ -155,6 +182,9 @@ BROKEN: dict[type[MemoryStorage], list[Invariant]] = {
     NoGrave: [Invariant.REVIVED, Invariant.LETTER],
     LastingLetter: [Invariant.LETTER],
     LastingState: [Invariant.VANISHED, Invariant.CRASHES],
+    NoCompare: [Invariant.REPLAY],
+    FreshCopy: [Invariant.REPLAY],
+    NoNewer: [Invariant.REPLAY],
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from watch_tasks.message import Once
-from watch_tasks.storage.protocol import Claim, Commit, Granted, Refusal, Refused, Step
+from watch_tasks.storage.protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed, Step
 from watch_tasks.topics import WEEK
 
 __all__ = ["Grant", "Invariant", "Sent", "Truth", "Violation"]
@@ -24,6 +24,7 @@ class Invariant(StrEnum):
     EFFECTS = "an effect happened again although nothing failed"
     REVIVED = "a dead message was granted again, though nobody replayed it"
     LETTER = "a dead letter is lacking, or one is listed of a message that is done or was replayed"
+    REPLAY = "a letter was replayed by two at once, as a wrong copy, or against a newer message; or it could not be"
     LOST_ANSWER = "a claim whose answer was lost was not granted again when it was asked again"
     CRASHES = "a crash was counted that was none, or one was not"
     UNFINISHED = "a message does not end although everything works"
@@ -75,6 +76,9 @@ class Sent:
     is_dead: bool = False
     #: A dead letter tells of it. Buried without a claim while somebody holds one, it is listed and not dead.
     is_listed: bool = False
+    died_at: float = 0.0
+    #: Dead, and somebody may publish its next copy: the time until which nobody else may.
+    replaying_until: float | None = None
     #: When what is known of it is forgotten.
     forget_at: float | None = None
     #: Handled, dead, or a duplicate of a handled index: its last copy may go.
@@ -95,6 +99,7 @@ class Sent:
         self.copy = self.first_token = self.forget_at = None
         self.crashes = 0
         self.is_dead = self.is_listed = False
+        self.replaying_until = None
         if self.newest:
             self.newest.open = False
 
@@ -105,6 +110,7 @@ class _Kept:
     first_token: int
     digest: str
     expires: float
+    at: float
 
 
 @dataclass(slots=True)
@@ -176,7 +182,7 @@ class Truth:
             message.excuses += 1  # not live any more: it was settled, given back, or its lease was lost
         if message.is_dead:
             message.is_dead = message.is_listed = message.is_finished = False
-            message.crashes = 0
+            message.replaying_until, message.crashes = None, 0
         elif message.newest and message.newest.open and message.newest.copy == answer.copy:
             message.crashes += 1
         self._check_crashes(message, answer)
@@ -233,6 +239,7 @@ class Truth:
             self._handled(message, commit, now)
         elif commit.step is Step.DEAD:
             message.is_dead = message.is_listed = message.is_finished = True
+            message.died_at = now
         elif commit.step in (Step.RETRY, Step.SNOOZED):
             message.copy = commit.copy + 1
         self.retries += commit.step is Step.RETRY
@@ -245,19 +252,22 @@ class Truth:
         message.known_until = now + commit.retention
         old = self.records.get(message.index)
         if old is None or old.first_token <= message.first_token:
-            kept = _Kept(message.id, message.first_token, message.digest, message.known_until)
+            kept = _Kept(message.id, message.first_token, message.digest, message.known_until, now)
             self.records[message.index] = kept
         message.forget()
 
     def _buried_unclaimed(self, message: Sent, commit: Commit, now: float) -> None:
         known = -1 if message.copy is None else message.copy
-        if message.is_known(now) or message.is_listed or (message.is_dead and commit.copy <= known):
+        # A replay that dies unread is buried anew.
+        is_replay = message.replaying_until is not None and commit.copy > known
+        is_listed = message.is_listed and not is_replay
+        if message.is_known(now) or is_listed or (message.is_dead and commit.copy <= known):
             return
-        message.is_listed = True
+        message.is_listed, message.died_at = True, now
         if message.newest and message.newest.is_live(now):
             return
         message.is_dead = message.is_finished = True
-        message.copy, message.forget_at = max(known, commit.copy), None
+        message.copy, message.forget_at, message.replaying_until = max(known, commit.copy), None, None
         if message.newest:
             message.newest.open = False
 
@@ -287,9 +297,29 @@ class Truth:
 
     # -- people
 
-    def put(self, id: str, index: str, digest: str, expires: float) -> None:
+    def replayed(self, replay: Replay, why: Replayed, copy: int, now: float) -> None:
+        message = self.sent[replay.id]
+        expected = self._replay(message, replay, now)
+        if why is not expected:
+            raise Violation(Invariant.REPLAY, f"that of {message.id} is {why}, not {expected}")
+        if why is Replayed.ACCEPTED:
+            assert message.copy is not None
+            if copy != message.copy + 1:
+                raise Violation(Invariant.REPLAY, f"{message.id} is to be copy {copy}, not {message.copy + 1}")
+            message.replaying_until = now + replay.patience
+
+    def _replay(self, message: Sent, replay: Replay, now: float) -> Replayed:
+        if not message.is_listed or not message.is_dead:
+            return Replayed.GONE
+        if message.replaying_until is not None and now < message.replaying_until:
+            return Replayed.TAKEN
+        kept = self.records.get(message.index)
+        is_newer = kept and (kept.at > message.died_at or 0 < (message.first_token or 0) < kept.first_token)
+        return Replayed.NEWER if is_newer and not replay.force else Replayed.ACCEPTED
+
+    def put(self, id: str, index: str, digest: str, expires: float, now: float) -> None:
         self.last_token += 1
-        self.records[index] = _Kept(id, self.last_token, digest, expires)
+        self.records[index] = _Kept(id, self.last_token, digest, expires, now)
         message = self.sent.get(id)
         if message:
             message.forget()

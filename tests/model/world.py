@@ -12,7 +12,7 @@ from watch_tasks.message import Once
 from watch_tasks.outcome import Reason
 from watch_tasks.record import DeadLetter, Record
 from watch_tasks.storage.base import Storage, encode
-from watch_tasks.storage.protocol import Claim, Commit, Granted, Refusal, Refused, Step
+from watch_tasks.storage.protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed, Step
 
 from .truth import Grant, Invariant, Sent, Truth, Violation
 
@@ -24,6 +24,8 @@ Open = Callable[[Callable[[], float]], Storage]
 TOPIC: Final = "order"
 #: Seconds that a claim holds.
 LEASE: Final = 8.0
+#: Seconds for which one person alone may replay a letter.
+PATIENCE: Final = 12.0
 #: Seconds that records are kept.
 DAY: Final = 86400.0
 #: Deliveries within which a healthy worker must have emptied any broker.
@@ -81,6 +83,8 @@ class World:
         self.truth = Truth()
         self.broker: list[Entry] = []
         self.hands: list[Hand] = []
+        #: What people were given to publish, and have not yet.
+        self.replays: list[Entry] = []
         self.workers = ["w1", "w2", "w3"]
         self.born = len(self.workers)
         self.askings = 0
@@ -288,12 +292,24 @@ class World:
         handled_at = datetime.fromtimestamp(self.time, UTC)
         record = Record(topic=TOPIC, index=index, id=id, digest=digest, handled_at=handled_at)
         self.storage.put(record, retention=DAY)
-        self.truth.put(id, index, digest, self.time + DAY)
+        self.truth.put(id, index, digest, self.time + DAY, self.time)
         self.check_storage()
 
-    def replay(self, message: Sent) -> None:
-        assert message.copy is not None
-        self.publish(message, message.copy + 1, 0.0)
+    def replay(self, message: Sent, *, force: bool) -> None:
+        """Somebody asks for a letter; what is accepted is published in a step of its own, or never."""
+        replay = Replay(id=message.id, patience=PATIENCE, force=force)
+        ((why, copy),) = self.storage.replay_many([replay])
+        self.truth.replayed(replay, why, copy, self.time)
+        if why is Replayed.ACCEPTED:
+            self.replays.append(Entry(message, copy, 0.0))
+        self.check_storage()
+
+    def publish_replay(self, entry: Entry, fault: Fault) -> None:
+        """Publish what was accepted; whoever was to do so crashes before, or after without knowing."""
+        if fault is not Fault.BEFORE:
+            self.publish(entry.message, entry.copy, 0.0)
+        if fault is not Fault.AFTER:
+            self.replays.remove(entry)
 
     def remove_letter(self, message: Sent) -> None:
         removed = self.storage.dead_remove(message.id)

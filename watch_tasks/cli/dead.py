@@ -14,9 +14,10 @@ import msgspec
 from ..errors import NotFoundError
 from ..record import DeadLetter
 from ..schema import dump
-from .codes import NOT_FOUND, PARTLY, USAGE, CommandError, Group
-from .output import age, clean, count, emit, note, table, when
+from .codes import INTERRUPTED, NOT_FOUND, PARTLY, REFUSED, UNREACHABLE, USAGE, CommandError, Group
+from .output import age, clean, count, emit, note, table, to_json, when
 from .program import SINCE, TOPIC, Program, confirm, examples, with_program
+from .replay import Chosen, Counts, Replayer, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +68,7 @@ def _filtered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group(cls=Group)
 def dead() -> None:
-    """See and remove dead letters.
+    """See, replay and remove dead letters.
 
     They are messages that will not be tried again by themselves.
     """
@@ -159,6 +160,93 @@ def remove(
         raise CommandError(
             f"{count(len(chosen) - removed, 'dead letter')} was gone already", PARTLY if removed else NOT_FOUND
         )
+
+
+@dead.command(
+    epilog=examples(
+        "watch-tasks dead replay 5f0c2a91", "watch-tasks dead replay --topic alarm --error timeout --since 2h --yes"
+    )
+)
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+@_filtered
+@click.option("--all", "everything", is_flag=True, help="All there are.")
+@click.option("--force", is_flag=True, help="Also where a newer message of the same index was handled.")
+@click.option("--dry-run", is_flag=True, help="List what would be replayed.")
+@click.option("--yes", is_flag=True, help="Do not ask. Those named by ID are replayed without asking.")
+@with_program
+def replay(
+    program: Program,
+    ids: tuple[str, ...],
+    topic: str | None,
+    error: str | None,
+    since: datetime | None,
+    everything: bool,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Send dead letters again, under their ids.
+
+    Those named by ID, or those that fit --topic, --error and --since, or --all; the oldest first.
+
+    Retries and crashes count from 0; handlers that had finished are not called again. A letter leaves the list when
+    a worker has it. Interrupted, the same command goes on where it ended; beside another one, each letter is handled
+    once. With --json, each line is a letter with the fields result, copy and detail. Exit code 4: what is named is
+    refused; 5: some was.
+    """
+    wanted = Filter(topic, error, since)
+    if sum(map(bool, (ids, wanted, everything))) != 1:
+        raise click.UsageError("name what to replay: IDs, or --topic, --error and --since, or --all")
+    storage = program.storage
+    # Only their names: a million letters need not fit into memory.
+    chosen = [
+        Chosen(letter.id, letter.dead_at) for letter in (_named(storage, ids) if ids else wanted.letters(storage))
+    ]
+    if dry_run:
+        _list(program, storage, [id for id, _ in chosen])
+        note("dry run: nothing was replayed")
+        return
+    if chosen and not ids:
+        chosen.reverse()  # of one index, the newer message shall be the last to be handled
+        confirm(f"Replay {count(len(chosen), 'dead letter')}?", yes=yes, done="replayed")
+    replayer = Replayer(program, force=force, tell=lambda *told: _tell(program, *told))
+    try:
+        replayer.run(chosen)
+    except KeyboardInterrupt:
+        raise CommandError("interrupted: the same command goes on where this one ended", INTERRUPTED) from None
+    finally:
+        _sum_up(program, replayer.counts)
+    code = _code(replayer.counts, len(chosen), replayer.elsewhere if ids else replayer.counts.gone)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+def _tell(program: Program, letter: DeadLetter, result: Result, copy: int, detail: str) -> None:
+    if program.as_json:
+        emit({**_fields(letter), "result": result.value, "copy": copy or None, "detail": detail or None})
+    elif result is not Result.REPLAYED:
+        note(f"{letter.id[:SHORT]} {letter.topic or '-'} {letter.index or '-'} {result.value}: {detail}")
+
+
+def _sum_up(program: Program, counts: Counts) -> None:
+    if program.as_json:
+        note(to_json(counts.fields()))
+        return
+    others = ((counts.refused, "refused"), (counts.gone, "gone already"), (counts.unknown, "unknown: replay again"))
+    more = "".join(f", {number} {what}" for number, what in others if number)
+    click.echo(f"{count(counts.replayed, 'dead letter')} replayed{more}")
+
+
+def _code(counts: Counts, chosen: int, elsewhere: int) -> int:
+    """Return the exit code. What others replayed meanwhile is as it should be, and so is what a filter finds gone."""
+    done = counts.replayed + elsewhere
+    if done == chosen:
+        return 0
+    if done:
+        return PARTLY
+    if counts.refused:
+        return REFUSED
+    return UNREACHABLE if counts.unknown else NOT_FOUND
 
 
 def _named(storage: Storage, ids: tuple[str, ...]) -> list[DeadLetter]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..storage import Storage
     from ..worker import Settings
+    from ..worker.outlet import CeleryOutlet
 
 __all__ = ["SINCE", "TOPIC", "Program", "confirm", "examples", "with_program"]
 
@@ -129,6 +130,20 @@ class Program:
         if not topic.is_bound:
             topic.bind(outlet_of(self.app))
 
+    @cached_property
+    def outlet(self) -> CeleryOutlet:
+        """What sends through the app.
+
+        Raises:
+            ConfigurationError: the broker's URL cannot be used.
+            QueueUnavailableError: no broker is configured, and no embedded server answers.
+        """
+        from ..worker.runtime import runtime_of
+
+        self.require_broker_url()
+        self.require_server()
+        return runtime_of(self.app).outlet
+
     def require_server(self) -> None:
         """Make sure that, where no broker is configured, the embedded server answers.
 
@@ -199,8 +214,13 @@ def examples(*lines: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is thrown away.
+def confirm(question: str, *, yes: bool, done: str = "removed") -> None:
+    """Ask before something is thrown away, or done to many.
+
+    Args:
+        question: what.
+        yes: whether it was answered beforehand.
+        done: what happens to nothing where the answer is no.
 
     Raises:
         CommandError: the answer is no, or there is no terminal to ask at and `--yes` was not given.
@@ -208,9 +228,9 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise CommandError(f"{question} Add --yes: there is no terminal to ask at. Nothing was removed.", REFUSED)
+        raise CommandError(f"{question} Add --yes: there is no terminal to ask at. Nothing was {done}.", REFUSED)
     if not click.confirm(question, err=True):
-        raise CommandError("nothing was removed", REFUSED)
+        raise CommandError(f"nothing was {done}", REFUSED)
 
 
 class _TopicType(click.ParamType[str]):

@@ -21,7 +21,7 @@ from ..message import check_index
 from ..record import Counters, DeadLetter, Event, Record
 from ..schema import dump, load
 from ..topics import WEEK, check_topic
-from .protocol import Claim, Commit, Granted, Refused
+from .protocol import Claim, Commit, Granted, Refused, Replay, Replayed
 
 __all__ = ["Storage", "Stored", "encode"]
 
@@ -192,6 +192,17 @@ class Storage(ABC):
         """
         return self._release(worker, ids, crashed) if ids else []
 
+    def replay_many(self, replays: Sequence[Replay]) -> list[tuple[Replayed, int]]:
+        """Ask for the right to publish dead letters again, in one round trip; each is atomic and answered alone.
+
+        An accepted letter stays listed until the copy is claimed. Where its copy was never published, it may be
+        replayed again, as the same copy, once the patience of this asking is over.
+
+        Returns:
+            For each what became of it, and the number of the copy to publish; 0 where it was not accepted.
+        """
+        return self._replay(replays) if replays else []
+
     # -- life
 
     def check(self) -> list[tuple[str, bool, str, str]]:
@@ -221,6 +232,9 @@ class Storage(ABC):
 
     @abstractmethod
     def _release(self, worker: str, ids: Sequence[str], crashed: bool) -> list[int]: ...
+
+    @abstractmethod
+    def _replay(self, replays: Sequence[Replay]) -> list[tuple[Replayed, int]]: ...
 
     @abstractmethod
     def _get(self, topic: str, index: str) -> Stored | None: ...

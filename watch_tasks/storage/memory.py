@@ -11,7 +11,7 @@ from typing import ClassVar
 from ..record import Record
 from ..topics import WEEK
 from .memory_records import NEVER, Entry, Key, MemoryRecords
-from .protocol import Claim, Commit, Granted, Refusal, Refused, Step
+from .protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed, Step
 
 __all__ = ["MemoryStorage"]
 
@@ -245,7 +245,11 @@ class MemoryStorage(MemoryRecords):
         """Whether a burial without claim comes too late: an id is buried once, and not after it was done."""
         record, id = self._records.get(key) if key else None, commit.id
         is_dead = state and state.status is _Status.DEAD and commit.copy <= state.copy
-        return bool(is_dead or id in self._dead_letters or id in self._marks or (record and record.id == id))
+        # A replay that died unread is buried again: its letter is of the copy before, whose redelivery is dead still.
+        is_replay = state and state.status is _Status.REPLAYING and commit.copy >= state.copy
+        is_dead = is_dead or (state and state.status is _Status.REPLAYING and not is_replay)
+        is_listed = id in self._dead_letters and not is_replay
+        return bool(is_dead or is_listed or id in self._marks or (record and record.id == id))
 
     def _finish(self, commit: Commit, state: _State | None, now: float) -> None:
         key = (commit.topic, commit.index or "")
@@ -293,6 +297,28 @@ class MemoryStorage(MemoryRecords):
         state.expires = now + WEEK
         self._expire("state", id, state.expires)
 
+    def _replay(self, replays: Sequence[Replay]) -> list[tuple[Replayed, int]]:
+        with self._lock:
+            now = self._now()
+            return [self._replay_one(replay, now) for replay in replays]
+
+    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
+        letter, state = self._dead_letters.get(replay.id), self._states.get(replay.id)
+        if not letter or not state or state.status not in (_Status.DEAD, _Status.REPLAYING):
+            return Replayed.GONE, 0
+        if state.status is _Status.REPLAYING and now < state.until:
+            return Replayed.TAKEN, 0
+        record = self._records.get(state.key) if state.key else None
+        is_newer = record and (record.at > letter[0] or 0 < state.first_token < record.first_token)
+        if is_newer and not replay.force:
+            return Replayed.NEWER, 0
+        if state.status is _Status.DEAD:
+            state.copy, state.status = state.copy + 1, _Status.REPLAYING
+        state.until = now + replay.patience
+        if state.key:
+            self._note(state.key, now, "replayed", replay.note, WEEK, now)
+        return Replayed.ACCEPTED, state.copy
+
     # -- what people change
 
     def _put(self, record: Record, at: float, blob: bytes, retention: float | None) -> None:
@@ -325,7 +351,7 @@ class MemoryStorage(MemoryRecords):
             now = self._now()
             found = self._dead_letters.pop(id, None) is not None
             state = self._states.get(id)
-            if found and state and state.status is _Status.DEAD:
+            if found and state and state.status in (_Status.DEAD, _Status.REPLAYING):
                 self._expire_state(id, state, now)
             if found and index is not None:
                 self._note((topic, index), now, "removed", note, WEEK, now)

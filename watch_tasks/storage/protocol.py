@@ -12,7 +12,7 @@ from typing import Final
 
 from ..message import Once
 
-__all__ = ["STORY_LENGTH", "Claim", "Commit", "Granted", "Refusal", "Refused", "Step"]
+__all__ = ["STORY_LENGTH", "Claim", "Commit", "Granted", "Refusal", "Refused", "Replay", "Replayed", "Step"]
 
 #: Events that are kept of one index: the newest.
 STORY_LENGTH: Final = 200
@@ -117,3 +117,25 @@ class Commit:
     delay: float = 0.0
     #: Events, as kind and JSON object, that happen with it.
     notes: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """May the dead letter of this id be published as its next copy?"""
+
+    id: str
+    #: Seconds for which nobody else may replay it: as long as its publishing may take.
+    patience: float = 60.0
+    #: Though a newer message of its index was handled.
+    force: bool = False
+    #: JSON object with what the story tells of it.
+    note: bytes = b"{}"
+
+
+class Replayed(StrEnum):
+    """What became of it."""
+
+    ACCEPTED = "accepted"  #: publish it, as the copy that is told
+    GONE = "gone"  #: no such letter is listed
+    TAKEN = "taken"  #: somebody else is replaying it
+    NEWER = "newer"  #: a newer message of its index was handled

@@ -44,7 +44,7 @@ from redis.exceptions import (
 from ..errors import StorageClosedError, StorageError, StorageUnavailableError
 from ..record import Counters, Record
 from .base import PAGE, Storage, Stored
-from .protocol import Claim, Commit, Granted, Refusal, Refused
+from .protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed
 from .redis_client import mask, open_client, read_options
 
 __all__ = ["RedisStorage", "open_url"]
@@ -184,6 +184,14 @@ class RedisStorage(Storage):
 
     def _release(self, worker: str, ids: Sequence[str], crashed: bool) -> list[int]:
         return [count for part in _parts(ids) for count in self._run("release", (worker, part, crashed))]
+
+    def _replay(self, replays: Sequence[Replay]) -> list[tuple[Replayed, int]]:
+        answers: list[tuple[Replayed, int]] = []
+        for part in _parts(replays):
+            request = [(replay.id, replay.patience, replay.force) for replay in part]
+            found = self._run("replay", request, *(replay.note for replay in part))
+            answers += [(Replayed(why.decode()), copy) for why, copy in found]
+        return answers
 
     # -- records
 

@@ -24,11 +24,12 @@ from .storage_claims import ClaimPromises
 from .storage_commits import CommitPromises
 from .storage_leases import LeasePromises
 from .storage_records import RecordPromises
+from .storage_replays import ReplayPromises
 
 __all__ = ["StorageSuite"]
 
 
-class StorageSuite(ClaimPromises, LeasePromises, CommitPromises, RecordPromises):
+class StorageSuite(ClaimPromises, LeasePromises, CommitPromises, RecordPromises, ReplayPromises):
     """Every promise of `Storage`. Promises that a backend does not make are flags here, and skip their tests."""
 
     #: Whether another object on the same data sees what this one wrote.

@@ -69,13 +69,18 @@ class CeleryOutlet:
         options["ignore_result"] = get_actual_ignore_result(task, request)
         self._send(message, delay, headers, options)
 
-    def push_raw(self, message: Message[Any], raw: bytes) -> None:
-        """Send a message in the bytes it came in, which may hold what Celery embeds: a chain, callbacks.
+    def push_replay(self, message: Message[Any], raw: bytes | None = None) -> None:
+        """Send the next copy of a dead letter. As a retry, it goes past the bound of its queue.
 
         Args:
-            message: what the bytes stand for; its number of the copy is sent with them.
-            raw: the body, in JSON.
+            message: the copy.
+            raw: the JSON body it first came in, sent as it is: it may hold what Celery embeds, such as a chain.
         """
+        topic = registry.get(message.topic)
+        options: dict[str, Any] = {"queue": topic.queue} if topic and topic.queue else {}
+        if raw is None:
+            self._send(message, 0.0, {}, options)
+            return
         name, amqp = wire.task_name(message.topic), self._app.amqp
         args, keywords = wire.arguments(message)
         made = amqp.create_task_message(message.id, name, args, keywords, ignore_result=True, **wire.reprs(message))
@@ -83,9 +88,7 @@ class CeleryOutlet:
         made = made._replace(
             headers={**made.headers, **wire.headers(message)}, properties={**made.properties, **kind}, body=raw
         )
-        topic = registry.get(message.topic)
-        queue = {"queue": topic.queue} if topic and topic.queue else {}
-        options = amqp.router.route(queue, name, args, keywords)
+        options = amqp.router.route(options, name, args, keywords)
         try:
             with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
                 amqp.send_task_message(producer, name, made, **options)

@@ -47,6 +47,9 @@ local function bury(commit, state)
   -- Somebody handles a readable message of that id: leave it to them.
   if not commit.token and state and state.status == 'running' and NOW < state['until'] then return end
   redis.call('HSET', of_id('s', commit.id), 'copy', math.max(state and state.copy or 0, commit.copy), 'status', 'dead')
+  if not state and commit.index then
+    redis.call('HSET', of_id('s', commit.id), 'topic', commit.topic, 'index', commit.index)
+  end
   if state then
     -- It takes over: an older claim settles nothing any more.
     if not commit.token and state.token > 0 then
@@ -65,7 +68,11 @@ local function commit_one(commit)
     -- Unclaimed: nothing is fenced, but an id is buried once, and not after it was done.
     local done = mark_token(commit.id) or (record and record.id == commit.id)
     local dead = state and state.status == 'dead' and commit.copy <= state.copy
-    if commit.step == 'dead' and (done or dead or redis.call('EXISTS', of_id('d', commit.id)) == 1) then return 1 end
+    -- A replay that died unread is buried again: its letter is of the copy before, whose redelivery is dead still.
+    local is_replay = state and state.status == 'replaying' and commit.copy >= state.copy
+    dead = dead or state and state.status == 'replaying' and not is_replay
+    local is_listed = not is_replay and redis.call('EXISTS', of_id('d', commit.id)) == 1
+    if commit.step == 'dead' and (done or dead or is_listed) then return 1 end
   elseif not state or state.token ~= commit.token or not is_held(state) then
     if is_repeated(commit, state, record) then return 1 end
     if commit.index then
