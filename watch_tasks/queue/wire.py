@@ -17,7 +17,19 @@ from ..errors import MessageError, TopicError
 from ..message import Message
 from ..topics import check_topic
 
-__all__ = ["HEADER", "PREFIX", "arguments", "bytes_id", "headers", "is_id", "read", "reprs", "task_name", "topic_of"]
+__all__ = [
+    "HEADER",
+    "PREFIX",
+    "arguments",
+    "bytes_id",
+    "check_headers",
+    "headers",
+    "is_id",
+    "read",
+    "reprs",
+    "task_name",
+    "topic_of",
+]
 
 #: What the names of our tasks begin with.
 PREFIX: Final = "watch."
@@ -40,6 +52,44 @@ class _Header(msgspec.Struct, frozen=True, omit_defaults=True):
     sent_at: datetime | None = None
     retries: int = 0
     handled: tuple[str, ...] = ()
+
+
+_Text = str | None
+_Plain = str | int | float | None
+
+
+class _CeleryHeaders(msgspec.Struct):
+    """The headers that Celery itself works with, in main processes, where most of its errors end the worker."""
+
+    retries: int | None = None
+    timelimit: tuple[float | None, float | None] | None = None
+    eta: _Text = None
+    expires: str | float | None = None
+    stamped_headers: list[str] | None = None
+    stamps: dict[str, _Plain | list[_Plain]] | None = None
+    group: _Text = None
+    group_index: int | None = None
+    root_id: _Text = None
+    parent_id: _Text = None
+    shadow: _Text = None
+    origin: _Text = None
+    argsrepr: _Text = None
+    kwargsrepr: _Text = None
+    ignore_result: bool | None = None
+    replaced_task_nesting: int | None = None
+    lang: _Text = None
+
+
+def check_headers(fields: dict[str, Any]) -> None:
+    """Find out whether Celery can work with the headers of a task message.
+
+    Raises:
+        MessageError: one of them is of another kind than its protocol says.
+    """
+    try:
+        msgspec.convert(fields, _CeleryHeaders)
+    except msgspec.ValidationError as exc:
+        raise MessageError(f"a header of Celery's does not fit: {exc}"[:500]) from exc
 
 
 def task_name(topic: str) -> str:

@@ -140,6 +140,12 @@ class WatchConsumer(Consumer):
             self._bury(message, Reason.UNDECODABLE, "the item in the queue must be an envelope of kombu's, in JSON")
             return True
         headers = message.headers
+        if isinstance(headers, dict) and "task" in headers:
+            try:
+                wire.check_headers(headers)
+            except MessageError as exc:
+                self._bury(message, Reason.MALFORMED, exc)
+                return True
         topic = wire.topic_of(headers.get("task")) if isinstance(headers, dict) else None
         if topic is None or f"{wire.PREFIX}{topic}" not in self.app.tasks:
             return False

@@ -1,0 +1,183 @@
+"""Mutants of real messages, each with an id of its own: none ends a worker, and none is gone (F13, F14).
+
+`CHAOS_MUTANTS` says how many, `CHAOS_SEED` from which seed; both are printed.
+"""
+
+from __future__ import annotations
+
+import base64
+import bz2
+import json
+import os
+import random
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from ..servers import RedisServer
+from ..workers import Site, Worker, until
+
+pytestmark = pytest.mark.worker
+
+TOPICS = """
+probe = topic("probe", retry=RetryPolicy(max_retries=1))
+
+@probe.handler
+def run(message):
+    pass
+"""
+#: Items that are pushed before the worker is waited for.
+BATCH = 500
+#: What takes the place of a value.
+VALUES: list[Any] = [None, True, 0, -1, 1e308, 10**30, "", "x", "\u202e\x00", [], {}, [[]], {"a": {"b": []}}, "9" * 400]
+
+
+class Mutator:
+    """Makes items that are nearly messages."""
+
+    def __init__(self, base: bytes, seed: int) -> None:
+        self._base = base
+        self._random = random.Random(seed)
+
+    def __call__(self) -> tuple[str, bytes]:
+        """Return an id and an item that had it before it was mutated."""
+        chance = self._random
+        payload = json.loads(self._base)
+        id = str(UUID(int=chance.getrandbits(128), version=4))
+        payload["headers"] |= {"id": id, "root_id": id}
+        payload["properties"] |= {"correlation_id": id, "delivery_tag": id}
+        kind = chance.choice(
+            ("nothing", "value", "value", "drop", "body", "body bytes", "bytes", "bytes", "cut", "twice")
+        )
+        if kind in ("value", "drop"):
+            place = payload if chance.random() < 0.2 else chance.choice((payload["headers"], payload["properties"]))
+            name = chance.choice(list(place))
+            if kind == "drop":
+                del place[name]
+            else:
+                place[name] = chance.choice(VALUES)
+        elif kind == "body":
+            parts = json.loads(base64.b64decode(payload["body"]))
+            parts[chance.randrange(3)] = chance.choice(VALUES)
+            payload["body"] = base64.b64encode(json.dumps(parts).encode()).decode()
+        elif kind == "body bytes":
+            payload["body"] = base64.b64encode(self._spoil(base64.b64decode(payload["body"]))).decode()
+        item = json.dumps(payload).encode()
+        if kind == "bytes":
+            item = self._spoil(item)
+        elif kind == "cut":
+            item = item[: chance.randrange(len(item))]
+        elif kind == "twice":
+            item += item
+        return id, item
+
+    def _spoil(self, raw: bytes) -> bytes:
+        spoilt = bytearray(raw)
+        for _ in range(self._random.choice((1, 1, 1, 2, 5))):
+            spoilt[self._random.randrange(len(spoilt))] = self._random.randrange(256)
+        return bytes(spoilt)
+
+
+def base_item(site: Site, server: RedisServer) -> bytes:
+    """What a producer that never heard of this package sends."""
+    site.send("probe", {"host": "web-1", "level": 3}, index="web-1")
+    with server.client() as client:
+        item: bytes = client.rpop("celery")
+    return item
+
+
+def memory(worker: Worker) -> float:
+    """Return the resident MiB of a worker's main process."""
+    fields = Path(f"/proc/{worker.pid}/status").read_text().split("VmRSS:")[1].split()
+    return int(fields[0]) / 1024
+
+
+def run_mutants(site: Site, server: RedisServer, count: int, seed: int) -> dict[str, int]:
+    mutate = Mutator(base_item(site, server), seed)
+    worker = site.worker("--prefetch-multiplier", "32", concurrency=2)
+    children = set(worker.children())
+    with server.client() as client:
+
+        def is_drained() -> bool:
+            waiting = client.llen("celery") + sum(client.llen(f"celery\x06\x16{step}") for step in (3, 6, 9))
+            return not waiting and not sum(client.hlen(key) for key in client.scan_iter("watch.held:*"))
+
+        for start in range(0, count, BATCH):
+            items = [mutate()[1] for _ in range(min(BATCH, count - start))]
+            client.lpush("celery", *items)
+            until(is_drained, "all are settled", 120, site.report)
+        later = client.zcard("celery\x06\x16later")
+    assert worker.is_running(), worker.text()[-3000:]
+    assert set(worker.children()) == children, "a child of the pool was lost"
+    dead = sum(1 for _ in site.storage.dead())
+    counters = site.storage.counters("probe")
+    ended = {"handled": counters.handled, "dead": dead, "duplicates": counters.duplicates, "later": later}
+    print(f"seed={seed} mutants={count} {ended}")
+    return ended
+
+
+def check(site: Site, count: int, ended: dict[str, int]) -> None:
+    # Two mutants whose ids were spoilt alike, or that brought none and are alike, are one dead letter.
+    assert count * 0.98 <= sum(ended.values()) <= count * 1.02
+    for letter in site.storage.dead():
+        assert letter.raw is not None or letter.data is not None, letter
+        assert letter.error
+
+
+@pytest.fixture
+def fuzzed(make_site: Callable[..., Site]) -> Site:
+    return make_site(TOPICS, "worker_hijack_root_logger = False\n", WATCH_UNKNOWN_GRACE="0.1")
+
+
+def test_a_few_mutants(fuzzed: Site, valkey: RedisServer) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", time.time_ns() % 10**6))
+    print(f"seed={seed}")
+    check(fuzzed, 500, run_mutants(fuzzed, valkey, 500, seed))
+
+
+@pytest.mark.chaos
+def test_many_mutants(fuzzed: Site, valkey: RedisServer) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", time.time_ns() % 10**6))
+    count = int(os.environ.get("CHAOS_MUTANTS", "100000"))
+    check(fuzzed, count, run_mutants(fuzzed, valkey, count, seed))
+
+
+def test_bombs_cost_no_memory(fuzzed: Site, valkey: RedisServer) -> None:
+    base = json.loads(base_item(fuzzed, valkey))
+    zeros = b"0" * 300_000_000
+    bombs = {"application/x-bz2": bz2.compress(zeros), "application/x-gzip": zlib.compress(zeros)}
+    del zeros
+    worker = fuzzed.worker(concurrency=1)
+    fuzzed.send("probe", 1, index="before")
+    fuzzed.until_handled(1)
+    before = memory(worker)
+    with valkey.client() as client:
+        for number in range(10):
+            for kind, body in bombs.items():
+                headers = {**base["headers"], "id": f"{kind}-{number}", "compression": kind}
+                client.lpush(
+                    "celery", json.dumps({**base, "headers": headers, "body": base64.b64encode(body).decode()})
+                )
+    fuzzed.until_dead(20, 60)
+    assert {letter.reason.value for letter in fuzzed.dead()} == {"too_large"}
+    growth = memory(worker) - before
+    print(f"resident memory grew by {growth:.1f} MiB")
+    assert growth < 32
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, valkey: RedisServer) -> Any:
+    made: list[Site] = []
+
+    def make(topics: str, config: str = "", **environment: str) -> Site:
+        made.append(Site(tmp_path / f"site{len(made)}", valkey.url, topics, config, **environment))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.close()
