@@ -98,6 +98,7 @@ def memory(worker: Worker) -> float:
 
 
 def run_mutants(site: Site, server: RedisServer, count: int, seed: int) -> dict[str, int]:
+    print(f"seed={seed}")
     mutate = Mutator(base_item(site, server), seed)
     worker = site.worker("--prefetch-multiplier", "32", concurrency=2)
     children = set(worker.children())
@@ -135,14 +136,13 @@ def fuzzed(make_site: Callable[..., Site]) -> Site:
 
 
 def test_a_few_mutants(fuzzed: Site, valkey: RedisServer) -> None:
-    seed = int(os.environ.get("CHAOS_SEED", time.time_ns() % 10**6))
-    print(f"seed={seed}")
+    seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 10**6)
     check(fuzzed, 500, run_mutants(fuzzed, valkey, 500, seed))
 
 
 @pytest.mark.chaos
 def test_many_mutants(fuzzed: Site, valkey: RedisServer) -> None:
-    seed = int(os.environ.get("CHAOS_SEED", time.time_ns() % 10**6))
+    seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 10**6)
     count = int(os.environ.get("CHAOS_MUTANTS", "100000"))
     check(fuzzed, count, run_mutants(fuzzed, valkey, count, seed))
 

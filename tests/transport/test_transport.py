@@ -33,6 +33,12 @@ pytestmark = pytest.mark.integration
 SHORT = {"lease": 0.8, "renew_every": 0.2}
 
 
+#: An envelope whose body is a number, which is no length of bytes to allocate.
+NUMBER = json.dumps(
+    {"body": 10**30, "properties": {"delivery_tag": "x", "delivery_info": {"exchange": "", "routing_key": "q"}}}
+).encode()
+
+
 class Reader:
     """A consumer of one queue or several, with everything it was given."""
 
@@ -307,7 +313,9 @@ class TestDelays:
 
 
 class TestGarbage:
-    @pytest.mark.parametrize("item", [b"", b"\xff\xfe", b"null", b"[]", b'{"properties": 1}', b"[" * 5000, b"} "])
+    @pytest.mark.parametrize(
+        "item", [b"", b"\xff\xfe", b"null", b"[]", b'{"properties": 1}', b"[" * 5000, b"} ", NUMBER]
+    )
     def test_what_is_no_envelope_comes_with_its_bytes(self, connect: Any, server: RedisServer, item: bytes) -> None:
         with server.client() as client:
             client.lpush("q", item)

@@ -46,6 +46,7 @@ def open_item(raw: bytes, queue: str) -> dict[str, Any]:
             isinstance(properties["delivery_tag"], str)
             and {"exchange", "routing_key"} <= info.keys()
             and isinstance(headers, (dict, type(None)))
+            and isinstance(payload.get("body"), (str, type(None)))
             and properties.get("body_encoding") in _CODECS
             # What is written for a priority decides on a list's key when the message goes back.
             and isinstance(properties.get("priority", 0), (int, type(None)))

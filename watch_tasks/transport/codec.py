@@ -15,5 +15,5 @@ class ForgivingBase64(Base64):
     """kombu's codec, whose errors would end the worker."""
 
     def decode(self, s: Any) -> bytes:
-        raw = s.encode("utf-8", "replace") if isinstance(s, str) else bytes(s)
+        raw = s if isinstance(s, bytes) else str(s).encode("utf-8", "replace")
         return decode_body(raw)[0]
