@@ -12,6 +12,8 @@ from watch_tasks.registry import registry
 
 from .servers import RedisServer, find_redis, in_ci
 
+pytest_plugins = ["watch_tasks.testing.plugin"]
+
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
