@@ -81,6 +81,7 @@ def count(rabbit: RabbitServer, queue: str) -> int:
         return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
 
 
+@pytest.mark.chaos
 def test_kills_under_load_lose_nothing(site: RabbitSite, rabbit: RabbitServer) -> None:
     sent = {f"job-{number}" for number in range(150)}
     worker = site.worker()
