@@ -1,4 +1,4 @@
-"""Renews the leases of what a worker has in hand, from a thread of its main process."""
+"""Renews the leases of what a worker has in hand, and tends the storage, from a thread of its main process."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ class LeaseKeeper:
         while not self._stop.wait(self._every):
             try:
                 self.renew()
+                self._storage.tend()
             except StorageError as exc:
                 logger.warning("could not renew leases, trying again in %.3g s: %s", self._every, exc)
             except Exception:

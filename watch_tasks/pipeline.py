@@ -37,7 +37,7 @@ from .outcome import (
     Snoozed,
 )
 from .record import DeadLetter
-from .storage.base import Storage, encode
+from .storage.base import Storage, encode_letter
 from .storage.protocol import Commit, Granted, Refusal, Refused, Step
 from .topics import WEEK, Topic
 from .work import Settlement, Work, error_text, shown
@@ -245,9 +245,9 @@ class Pipeline:
             copy=copy,
         )
         try:
-            blob = encode(letter)
+            blob = encode_letter(letter)
         except SchemaError:
-            blob = encode(msgspec.structs.replace(letter, data=None, raw=raw or shown(data).encode()))
+            blob = encode_letter(msgspec.structs.replace(letter, data=None, raw=raw or shown(data).encode()))
         note = {"id": id, "copy": copy, "error": letter.error, "worker": self.worker}
         known = self._find(topic) if topic else None
         commit = Commit(

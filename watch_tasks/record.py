@@ -30,6 +30,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     sent_at: datetime | None = None
     #: By the storage's clock, which sets it.
     handled_at: datetime = NOT_STORED
+    #: When it is forgotten, by the same clock, which sets it; None: never.
+    expires_at: datetime | None = None
     #: Seconds its handlers took, in the delivery that succeeded.
     seconds: float = 0.0
     #: Name of the worker that handled it.

@@ -15,7 +15,7 @@ from .message import Message, Once
 from .outcome import Busy, Outcome, Reason, Retry, Snoozed
 from .record import Attempt, DeadLetter, Record
 from .schema import dump
-from .storage.base import encode
+from .storage.base import encode_letter, encode_record
 from .storage.protocol import Claim, Commit, Granted, Step
 from .topics import Topic
 
@@ -173,7 +173,7 @@ class Work:
     def record(self, seconds: float) -> bytes:
         """Return the record that it was handled."""
         message = self.received
-        return encode(
+        return encode_record(
             Record(
                 topic=message.topic,
                 index=message.index,
@@ -191,7 +191,7 @@ class Work:
     def letter(self, reason: Reason, error: BaseException, handler: str | None) -> bytes:
         """Return its dead letter."""
         message = self.received
-        return encode(
+        return encode_letter(
             DeadLetter(
                 id=message.id,
                 topic=message.topic,

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from watch_tasks.storage.base import Storage
-from watch_tasks.storage.memory import MemoryStorage, _State, _Status
-from watch_tasks.storage.memory_records import Entry, Key
+from watch_tasks.storage.kept import Entry, Key, State, Status
+from watch_tasks.storage.memory import MemoryStorage
 from watch_tasks.storage.protocol import Claim, Commit, Refusal, Refused, Replay, Replayed
+from watch_tasks.storage.rules import Rules
 
 from .machine import StorageMachine
 from .truth import Invariant, Violation
@@ -23,132 +24,135 @@ HISTORIES = 3000
 SEED = 13
 
 
-class NoTokenCheck(MemoryStorage):
+class NoTokenCheck(Rules):
     """Whoever finishes a message that somebody handles may settle it, with a token however old."""
 
-    def _may_settle(self, commit: Commit, state: _State | None) -> bool:
-        return state is not None and self._is_held(commit.id, state)
+    def may_settle(self, commit: Commit, state: State | None) -> bool:
+        return state is not None and self.is_held(state)
 
 
-class NoLease(MemoryStorage):
+class NoLease(Rules):
     """A claim does not keep others out."""
 
-    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
-        return super()._check_copy(claim, replace(state, until=min(state.until, now)), now)
+    def check_copy(self, claim: Claim, state: State) -> Refused | None:
+        return super().check_copy(claim, replace(state, until=min(state.until, self.now)))
 
 
-class NoWaiting(MemoryStorage):
+class NoWaiting(Rules):
     """A copy is stale as soon as a newer one was decided on, though nobody may have published that."""
 
-    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
-        if state.status is _Status.WAITING and claim.copy < state.copy:
+    def check_copy(self, claim: Claim, state: State) -> Refused | None:
+        if state.status is Status.WAITING and claim.copy < state.copy:
             return Refused(Refusal.STALE)
-        return super()._check_copy(claim, state, now)
+        return super().check_copy(claim, state)
 
 
-class NoStandIn(MemoryStorage):
+class NoStandIn(Rules):
     """A copy is stale as soon as a newer one runs, though it may be this very copy that stands in for it."""
 
-    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
-        if state.status is _Status.RUNNING and claim.copy < state.copy:
+    def check_copy(self, claim: Claim, state: State) -> Refused | None:
+        if state.status is Status.RUNNING and claim.copy < state.copy:
             return Refused(Refusal.STALE)
-        return super()._check_copy(claim, state, now)
+        return super().check_copy(claim, state)
 
 
-class LateCarrier(MemoryStorage):
+class LateCarrier(Rules):
     """A newer copy is granted although an older one is being handled."""
 
-    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
-        return None if claim.copy > state.copy else super()._check_copy(claim, state, now)
+    def check_copy(self, claim: Claim, state: State) -> Refused | None:
+        return None if claim.copy > state.copy else super().check_copy(claim, state)
 
 
-class NoFirstToken(MemoryStorage):
+class NoFirstToken(Rules):
     """Whoever finishes last has the record."""
 
-    def _is_newer(self, record: Entry, first_token: int) -> bool:
+    def is_newer(self, record: Entry, first_token: int) -> bool:
         return False
 
 
-class NoMarks(MemoryStorage):
+class NoMarks(Rules):
     """Only records tell what is done."""
 
-    def _mark(self, id: str, token: int, expires: float) -> None:
+    def write_mark(self, id: str, token: int, expires: float) -> None:
         return
 
 
-class NoHolder(MemoryStorage):
+class NoHolder(Rules):
     """Messages of one index run side by side."""
 
-    def _rival(self, key: Key, id: str, now: float) -> _State | None:
+    def rival(self, key: Key, id: str) -> State | None:
         return None
 
 
-class NoNonce(MemoryStorage):
+class NoNonce(Rules):
     """A claim that is asked again, because its answer was lost, is a new one."""
 
-    def _is_asked_again(self, claim: Claim, state: _State) -> bool:
+    def is_asked_again(self, claim: Claim, state: State) -> bool:
         return False
 
 
-class NoGrave(MemoryStorage):
+class NoGrave(Rules):
     """What is dead may be claimed again without a replay."""
 
-    def _check_copy(self, claim: Claim, state: _State, now: float) -> Refused | None:
-        return None if state.status is _Status.DEAD else super()._check_copy(claim, state, now)
+    def check_copy(self, claim: Claim, state: State) -> Refused | None:
+        return None if state.status is Status.DEAD else super().check_copy(claim, state)
 
 
-class LastingLetter(MemoryStorage):
+class LastingLetter(Rules):
     """A message that is done stays listed as dead."""
 
-    def _forget(self, id: str) -> None:
-        letter = self._dead_letters.get(id)
-        super()._forget(id)
+    def forget(self, id: str) -> None:
+        letter = self.kept.letter(id)
+        super().forget(id)
         if letter:
-            self._dead_letters[id] = letter
+            self.kept.save_letter(id, letter)
 
 
-class LastingState(MemoryStorage):
+class LastingState(Rules):
     """What is known of a message that nothing waits for is kept for ever."""
 
-    def _expire_state(self, id: str, state: _State, now: float) -> None:
+    def expire(self, state: State) -> None:
         return
 
 
-class NoCompare(MemoryStorage):
+class NoCompare(Rules):
     """A letter may be replayed while somebody else is at it."""
 
-    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
-        state = self._states.get(replay.id)
-        if state and state.status is _Status.REPLAYING:
-            state.until = now
-        return super()._replay_one(replay, now)
+    def replay(self, replay: Replay) -> tuple[Replayed, int]:
+        state = self.kept.state(replay.id)
+        if state and state.status is Status.REPLAYING:
+            state.until = self.now
+        return super().replay(replay)
 
 
-class FreshCopy(MemoryStorage):
+class FreshCopy(Rules):
     """A replay that is repeated is another copy, beside the one that may travel already."""
 
-    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
-        state = self._states.get(replay.id)
-        if state and state.status is _Status.REPLAYING and now >= state.until:
-            state.status = _Status.DEAD
-        return super()._replay_one(replay, now)
+    def replay(self, replay: Replay) -> tuple[Replayed, int]:
+        state = self.kept.state(replay.id)
+        if state and state.status is Status.REPLAYING and self.now >= state.until:
+            state.status = Status.DEAD
+        return super().replay(replay)
 
 
-class NoNewer(MemoryStorage):
+class NoNewer(Rules):
     """An old message is replayed though a newer one of its index was handled."""
 
-    def _replay_one(self, replay: Replay, now: float) -> tuple[Replayed, int]:
-        return super()._replay_one(replace(replay, force=True), now)
+    def replay(self, replay: Replay) -> tuple[Replayed, int]:
+        return super().replay(replace(replay, force=True))
 
 
-def find_violation(storage: type[MemoryStorage], machine: type[StorageMachine] = StorageMachine) -> Violation | None:
-    """Return how a storage breaks its promises, in schedules that are the same each time."""
+def find_violation(mutant: type[Rules], machine: type[StorageMachine] = StorageMachine) -> Violation | None:
+    """Return how a storage by these rules breaks its promises, in schedules that are the same each time."""
+
+    class MutatedStorage(MemoryStorage):
+        rules = mutant
 
     @seed(SEED)
     class Mutated(machine):  # type: ignore[valid-type, misc]
         @classmethod
         def open(cls, clock: Callable[[], float]) -> Storage:
-            return storage(clock=clock)
+            return MutatedStorage(clock=clock)
 
     try:
         run_state_machine_as_test(
@@ -169,7 +173,7 @@ def find_violation(storage: type[MemoryStorage], machine: type[StorageMachine] =
 
 
 #: What each mutant breaks: what its schedules show most often first.
-BROKEN: dict[type[MemoryStorage], list[Invariant]] = {
+BROKEN: dict[type[Rules], list[Invariant]] = {
     NoTokenCheck: [Invariant.STALE_TOKEN],
     NoLease: [Invariant.TWO_CLAIMS],
     NoWaiting: [Invariant.VANISHED],
@@ -193,7 +197,7 @@ SLOW = {LastingState, NoTokenCheck}
 
 
 @pytest.mark.parametrize(
-    ("storage", "broken"),
+    ("mutant", "broken"),
     [
         pytest.param(
             mutant,
@@ -204,8 +208,8 @@ SLOW = {LastingState, NoTokenCheck}
         for mutant, broken in BROKEN.items()
     ],
 )
-def test_a_missing_rule_shows(storage: type[MemoryStorage], broken: list[Invariant]) -> None:
-    violation = find_violation(storage)
+def test_a_missing_rule_shows(mutant: type[Rules], broken: list[Invariant]) -> None:
+    violation = find_violation(mutant)
 
     assert violation is not None, f"the model found nothing wrong, instead of: {broken[0]}"
     assert violation.invariant in broken, f"instead of {broken[0]}: {violation}"

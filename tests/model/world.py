@@ -11,7 +11,7 @@ from typing import Final
 from watch_tasks.message import Once
 from watch_tasks.outcome import Reason
 from watch_tasks.record import DeadLetter, Record
-from watch_tasks.storage.base import Storage, encode
+from watch_tasks.storage.base import Storage, encode_letter, encode_record
 from watch_tasks.storage.protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed, Step
 
 from .truth import Grant, Invariant, Sent, Truth, Violation
@@ -195,13 +195,13 @@ class World:
         copy = grant.copy if grant else hand.entry.copy
         blob = b"{}"
         if step is Step.HANDLED:
-            blob = encode(Record(topic=TOPIC, index=message.index, id=message.id, digest=message.digest))
+            blob = encode_record(Record(topic=TOPIC, index=message.index, id=message.id, digest=message.digest))
         elif step is Step.DEAD:
             reason = Reason.EXHAUSTED if grant else Reason.INDEX_CONFLICT
             letter = DeadLetter(
                 id=message.id, topic=TOPIC, index=message.index, reason=reason, error="E: no", copy=copy
             )
-            blob = encode(letter)
+            blob = encode_letter(letter)
         return Commit(
             step=step,
             topic=TOPIC,

@@ -13,12 +13,14 @@ class CheckThenWriteStorage(MemoryStorage):
     """Looks whether a message is free, and takes it in a second step: two may look before either takes."""
 
     def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
-        taken = {claim.id for claim in claims if claim.id in self._states}
-        holders = {claim.id for claim in claims if (claim.topic, claim.index) in self._holders}
+        kept = self._kept
+        taken = {claim.id for claim in claims if kept.state(claim.id)}
+        holders = {(claim.topic, claim.index): kept.holder((claim.topic, claim.index)) for claim in claims}
         time.sleep(0.001)  # a round trip
         for claim in claims:
+            key = claim.topic, claim.index
             if claim.id not in taken:
-                self._states.pop(claim.id, None)
-            if claim.id not in holders:
-                self._holders.pop((claim.topic, claim.index), None)
+                kept.states.pop(claim.id, None)
+            if holders[key] is None and (holder := kept.holder(key)):
+                kept.let_go(key, holder)
         return super()._claim(claims)

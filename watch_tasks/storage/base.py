@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Self
 
 import msgspec
 
@@ -21,13 +21,11 @@ from ..message import check_index
 from ..record import Counters, DeadLetter, Event, Record
 from ..schema import dump, load
 from ..topics import WEEK, check_topic
-from .protocol import Claim, Commit, Granted, Refused, Replay, Replayed
+from .protocol import Claim, Commit, Granted, Put, Refused, Replay, Replayed
 
-__all__ = ["Storage", "Stored", "encode"]
+__all__ = ["Storage", "Stored", "StoredRecord", "encode_letter", "encode_record"]
 
-S = TypeVar("S", Record, DeadLetter)
-
-#: Records and letters that `range`, `dead` and `clear` take in one step.
+#: Records and letters that `range`, `dead`, `clear` and `restore` take in one step.
 PAGE: Final = 200
 
 _NOTHING: Final = b"{}"
@@ -35,11 +33,39 @@ _NOTHING: Final = b"{}"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Opaque bytes as a backend gives them back."""
+    """A dead letter as a backend gives it back: opaque bytes."""
 
     #: Seconds since the epoch, by the storage's clock.
     at: float
     blob: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRecord:
+    """A record as a backend gives it back: what the backend has to know of it, and the rest as opaque bytes."""
+
+    topic: str
+    index: str
+    id: str
+    #: Hex digest of the data.
+    digest: str
+    #: When it was handled: seconds since the epoch, by the storage's clock.
+    at: float
+    #: When it ends, by the same clock; None: never.
+    expires: float | None
+    blob: bytes
+
+
+class _Rest(msgspec.Struct, frozen=True, array_like=True):
+    """What a record holds beyond a `StoredRecord`. As few bytes as will do: there may be ten million."""
+
+    retries: int
+    max_retries: int | None
+    sent_at: datetime | None
+    seconds: float
+    worker: str
+    #: As JSON; None: null, or not kept.
+    data: bytes | None
 
 
 class Storage(ABC):
@@ -55,6 +81,8 @@ class Storage(ABC):
 
     #: Whether several processes that open the same URL see the same storage.
     is_shared: ClassVar[bool] = True
+    #: Whether a handler can write in the transaction that records its message; see `transaction`.
+    is_transactional: ClassVar[bool] = False
 
     # -- handled records
 
@@ -70,9 +98,22 @@ class Storage(ABC):
             record: its `handled_at` decides how long it is still kept.
             retention: seconds after `handled_at` that it is kept; None: for ever.
         """
-        check_topic(record.topic)
-        check_index(record.index)
-        self._put(record, record.handled_at.timestamp(), encode(record), retention)
+        self._put([_put(record, retention)])
+
+    def restore(self, records: Iterable[Record]) -> int:
+        """Keep records that another storage gave, each until its `expires_at`. Twice is safe.
+
+        Where there is a record of the same index that was handled later, that one stays. Records of handled times that
+        grow, as `range(newest_first=False)` gives them, take the least work.
+
+        Args:
+            records: read as it goes, some hundred at a time.
+
+        Returns:
+            How many of them are kept now. The others were overtaken, or their time is over.
+        """
+        puts = (_put(record, _retention(record), only_newer=True) for record in records)
+        return sum(sum(self._put(page)) for page in iter(lambda: list(islice(puts, PAGE)), []))
 
     def remove(self, topic: str, index: str, *, by: str = "") -> bool:
         """Forget that an index was handled; redeliveries of the same message stay duplicates.
@@ -91,7 +132,7 @@ class Storage(ABC):
         """Remove every record, of one topic or of all, and return how many there were."""
         removed = 0
         for name in self._names(topic):
-            indexes = (_record(stored).index for stored in self._scan(name, None, False))
+            indexes = (stored.index for stored in self._scan(name, None, False))
             while page := list(islice(indexes, PAGE)):
                 removed += self._remove(name, page, _NOTHING)
         return removed
@@ -205,6 +246,13 @@ class Storage(ABC):
 
     # -- life
 
+    def tend(self) -> None:
+        """Forget some of what is over: a bounded amount, in milliseconds. Workers call it every few seconds.
+
+        Nothing that is over is seen any more, tended or not; this is for the room it takes. By default there is
+        nothing to do.
+        """
+
     def check(self) -> list[tuple[str, bool, str, str]]:
         """Return what a person should know before trusting this storage: (check, ok, detail, fix) each."""
         return []
@@ -237,16 +285,16 @@ class Storage(ABC):
     def _replay(self, replays: Sequence[Replay]) -> list[tuple[Replayed, int]]: ...
 
     @abstractmethod
-    def _get(self, topic: str, index: str) -> Stored | None: ...
+    def _get(self, topic: str, index: str) -> StoredRecord | None: ...
 
     @abstractmethod
-    def _put(self, record: Record, at: float, blob: bytes, retention: float | None) -> None: ...
+    def _put(self, puts: Sequence[Put]) -> list[bool]: ...
 
     @abstractmethod
     def _remove(self, topic: str, indexes: Sequence[str], note: bytes) -> int: ...
 
     @abstractmethod
-    def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[Stored]: ...
+    def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[StoredRecord]: ...
 
     @abstractmethod
     def _len(self, topic: str) -> int: ...
@@ -273,30 +321,78 @@ class Storage(ABC):
         return sorted(self._topics()) if topic is None else [check_topic(topic)]
 
 
-def encode(value: Record | DeadLetter) -> bytes:
-    """Return a record or a dead letter as the bytes that backends keep.
+def encode_record(record: Record) -> bytes:
+    """Return what backends keep of a record beside its topic, index, id, digest and times.
 
     Raises:
         SchemaError: its data has no JSON form.
     """
-    return msgspec.json.encode(msgspec.structs.replace(value, data=msgspec.Raw(dump(value.data))))
+    data = None if record.data is None else dump(record.data)
+    rest = _Rest(record.retries, record.max_retries, record.sent_at, record.seconds, record.worker, data)
+    return msgspec.msgpack.encode(rest)
 
 
-def _record(stored: Stored) -> Record:
-    return msgspec.structs.replace(_decode(stored.blob, Record), handled_at=_time(stored.at))
+def encode_letter(letter: DeadLetter) -> bytes:
+    """Return a dead letter as the bytes that backends keep.
+
+    Raises:
+        SchemaError: its data has no JSON form.
+    """
+    return msgspec.json.encode(msgspec.structs.replace(letter, data=msgspec.Raw(dump(letter.data))))
+
+
+def _put(record: Record, retention: float | None, *, only_newer: bool = False) -> Put:
+    return Put(
+        topic=check_topic(record.topic),
+        index=check_index(record.index),
+        id=record.id,
+        digest=record.digest,
+        at=record.handled_at.timestamp(),
+        retention=retention,
+        blob=encode_record(record),
+        only_newer=only_newer,
+    )
+
+
+def _retention(record: Record) -> float | None:
+    return (record.expires_at - record.handled_at).total_seconds() if record.expires_at else None
+
+
+def _record(stored: StoredRecord) -> Record:
+    try:
+        rest = _decode_rest(stored.blob)
+    except msgspec.DecodeError as exc:
+        raise SchemaError(f"the storage holds a record that this version cannot read: {exc}") from exc
+    return Record(
+        topic=stored.topic,
+        index=stored.index,
+        id=stored.id,
+        retries=rest.retries,
+        max_retries=rest.max_retries,
+        sent_at=rest.sent_at,
+        handled_at=_time(stored.at),
+        expires_at=None if stored.expires is None else _time(stored.expires),
+        seconds=rest.seconds,
+        worker=rest.worker,
+        digest=stored.digest,
+        data=None if rest.data is None else load(rest.data),
+    )
+
+
+_decode_rest = msgspec.msgpack.Decoder(_Rest).decode
 
 
 def _letter(stored: Stored) -> DeadLetter:
-    return msgspec.structs.replace(_decode(stored.blob, DeadLetter), dead_at=_time(stored.at))
+    return msgspec.structs.replace(_decode_letter(stored.blob), dead_at=_time(stored.at))
 
 
-def _decode(blob: bytes, kind: type[S]) -> S:
+def _decode_letter(blob: bytes) -> DeadLetter:
     try:
-        return msgspec.json.decode(blob, type=kind)
+        return msgspec.json.decode(blob, type=DeadLetter)
     except msgspec.ValidationError as exc:
-        raise SchemaError(f"the storage holds a {kind.__name__} that this version cannot read: {exc}") from exc
+        raise SchemaError(f"the storage holds a dead letter that this version cannot read: {exc}") from exc
     except msgspec.DecodeError:
-        return msgspec.convert(load(blob), kind)
+        return msgspec.convert(load(blob), DeadLetter)
 
 
 def _time(seconds: float) -> datetime:

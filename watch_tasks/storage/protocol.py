@@ -1,7 +1,7 @@
 """What the pipeline asks of a storage, and what it is answered: claims and commits as values.
 
-The rules that a storage must keep in answering are those of `docs/protocol.md`; `MemoryStorage` is their plainest
-form, and `watch_tasks.testing.StorageSuite` their test.
+The rules that a storage must keep in answering are those of `docs/protocol.md`; `rules.py` states them in Python, and
+`watch_tasks.testing.StorageSuite` is their test.
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from typing import Final
 
 from ..message import Once
 
-__all__ = ["STORY_LENGTH", "Claim", "Commit", "Granted", "Refusal", "Refused", "Replay", "Replayed", "Step"]
+__all__ = [
+    "STORY_LENGTH",
+    "Claim",
+    "Commit",
+    "Granted",
+    "Put",
+    "Refusal",
+    "Refused",
+    "Replay",
+    "Replayed",
+    "Settled",
+    "Step",
+]
 
 #: Events that are kept of one index: the newest.
 STORY_LENGTH: Final = 200
@@ -84,7 +96,7 @@ class Refused:
 class Step(StrEnum):
     """What a commit makes of a message."""
 
-    HANDLED = "handled"  #: record it; `blob` is the record
+    HANDLED = "handled"  #: record it; `blob` is the rest of the record
     RETRY = "retry"  #: it waits as its next copy, one retry older; `blob` is its progress
     SNOOZED = "snoozed"  #: it waits as its next copy; `blob` is its progress
     DEAD = "dead"  #: bury it; `blob` is the dead letter
@@ -117,6 +129,33 @@ class Commit:
     delay: float = 0.0
     #: Events, as kind and JSON object, that happen with it.
     notes: tuple[tuple[str, bytes], ...] = ()
+
+
+class Settled(StrEnum):
+    """What became of a commit."""
+
+    ACCEPTED = "accepted"  #: it holds
+    REPEATED = "repeated"  #: it holds since an earlier time, whose answer was lost: nothing was changed
+    REFUSED = "refused"  #: the token is not the newest: nothing was changed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Put:
+    """Keep this record, handled elsewhere or earlier."""
+
+    topic: str
+    index: str
+    id: str
+    #: Hex digest of the data.
+    digest: str
+    #: When it was handled: seconds since the epoch.
+    at: float
+    #: Seconds after that it is kept; None: for ever.
+    retention: float | None
+    #: The rest of the record.
+    blob: bytes
+    #: Leave the record there may be, unless that was handled earlier.
+    only_newer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A storage on Redis 6.2 or newer, or Valkey. Every step of the protocol is one script: atomic, one round trip.
 
-The scripts are in `redis_scripts/`; they keep the rules that `MemoryStorage` states in Python. They build their keys
+The scripts are in `redis_scripts/`; they keep the rules that `rules.py` states in Python. They build their keys
 from the prefix themselves, so Redis Cluster is not supported.
 
 Keys, each under the prefix (a topic has no `:`, or it is escaped, so no two names share a key):
@@ -42,9 +42,9 @@ from redis.exceptions import (
 )
 
 from ..errors import StorageClosedError, StorageError, StorageUnavailableError
-from ..record import Counters, Record
-from .base import PAGE, Storage, Stored
-from .protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed
+from ..record import Counters
+from .base import PAGE, Storage, Stored, StoredRecord
+from .protocol import Claim, Commit, Granted, Put, Refusal, Refused, Replay, Replayed
 from .redis_client import mask, open_client, read_options
 
 __all__ = ["RedisStorage", "open_url"]
@@ -195,45 +195,43 @@ class RedisStorage(Storage):
 
     # -- records
 
-    def _get(self, topic: str, index: str) -> Stored | None:
+    def _get(self, topic: str, index: str) -> StoredRecord | None:
         value = self._ask("GET", self._key(f"r:{topic}:{index}"))
-        return self._read_record(value, self._clock() if self._clock else 0.0)[0] if value else None
+        return _read_record(topic, index, value, self._clock() if self._clock else 0.0)[0] if value else None
 
-    def _put(self, record: Record, at: float, blob: bytes, retention: float | None) -> None:
-        self._run("put", (record.topic, record.index, record.id, record.digest, at, retention), blob)
+    def _put(self, puts: Sequence[Put]) -> list[bool]:
+        kept: list[bool] = []
+        for part in _parts(puts, lambda put: len(put.blob)):
+            request = [
+                (put.topic, put.index, put.id, put.digest, put.at, put.retention, put.only_newer) for put in part
+            ]
+            kept += map(bool, self._run("put", request, *(put.blob for put in part)))
+        return kept
 
     def _remove(self, topic: str, indexes: Sequence[str], note: bytes) -> int:
         return int(self._run("remove", (topic, indexes), note))
 
-    def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[Stored]:
+    def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[StoredRecord]:
         # A record written meanwhile moves to the end of the time order. It is left out there: by its token where it
         # was claimed after the start, by its time where it was claimed before.
         last_token = max(int(self._ask("GET", self._key("token")) or 0), self._now())
         newest = self._ask("ZRANGE", self._key(f"z:{topic}"), -1, -1)
         end = float(self._ask("ZSCORE", self._key(f"z:{topic}"), newest[0]) or math.inf) if newest else -math.inf
-        for score, now, value in self._pages(f"z:{topic}", f"r:{topic}:", since, newest_first):
+        for index, score, now, value in self._pages(f"z:{topic}", f"r:{topic}:", since, newest_first):
             if score > end and not newest_first:
                 return
-            stored, token = self._read_record(value, now)
+            stored, token = _read_record(topic, index, value, now)
             if stored and token <= last_token:
                 yield stored
 
     def _len(self, topic: str) -> int:
         return int(self._run("count", topic))
 
-    def _read_record(self, value: bytes, now: float) -> tuple[Stored | None, float]:
-        at, expires, _, token, size = _RECORD.unpack_from(value)
-        if expires <= now * 1_000_000:
-            return None, token
-        start = _RECORD.size + size
-        start += 2 + int.from_bytes(value[start : start + 2], "big")
-        return Stored(at / 1_000_000, value[start:]), token
-
     # -- dead letters
 
     def _letters(self, topic: str | None, since: float | None) -> Iterator[Stored]:
         members = "letters" if topic is None else f"l:{_escape(topic)}"
-        for _, _, value in self._pages(members, "d:", since, True):
+        for _, _, _, value in self._pages(members, "d:", since, True):
             yield _read_letter(value)
 
     def _letter(self, id: str) -> Stored | None:
@@ -325,8 +323,8 @@ class RedisStorage(Storage):
 
     def _pages(
         self, members: str, values: str, since: float | None, newest_first: bool
-    ) -> Iterator[tuple[float, float, bytes]]:
-        """Yield (score, now, value) of all that is there, page by page."""
+    ) -> Iterator[tuple[str, float, float, bytes]]:
+        """Yield (member, score, now, value) of all that is there, page by page."""
         start = None if since is None else round(since * 1_000_000)
         score: float | None = None
         after: tuple[bytes, ...] = ()
@@ -337,7 +335,7 @@ class RedisStorage(Storage):
                 return
             for place in range(1, len(found), 3):
                 if found[place + 2] is not None:
-                    yield float(found[place + 1]), now, found[place + 2]
+                    yield found[place].decode(), float(found[place + 1]), now, found[place + 2]
             after, score = (found[-3],), float(found[-2])
 
     @contextmanager
@@ -387,6 +385,25 @@ def _answer(answer: list[Any]) -> Granted | Refused:
         _, token, copy, progress, crashes, now = answer
         return Granted(token, copy, progress, crashes, now / 1_000_000)
     return Refused(Refusal(answer[0].decode()), answer[1] / 1_000_000)
+
+
+def _read_record(topic: str, index: str, value: bytes, now: float) -> tuple[StoredRecord | None, float]:
+    """Return a record, None where its time is over, and its token."""
+    at, expires, _, token, size = _RECORD.unpack_from(value)
+    if expires <= now * 1_000_000:
+        return None, token
+    end = _RECORD.size + size
+    blob = end + 2 + int.from_bytes(value[end : end + 2], "big")
+    stored = StoredRecord(
+        topic=topic,
+        index=index,
+        id=value[_RECORD.size : end].decode(),
+        digest=value[end + 2 : blob].decode(),
+        at=at / 1_000_000,
+        expires=None if expires == math.inf else expires / 1_000_000,
+        blob=value[blob:],
+    )
+    return stored, token
 
 
 def _read_letter(value: bytes) -> Stored:

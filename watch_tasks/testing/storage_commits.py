@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ..record import Counters
-from ..storage.base import Storage, encode
+from ..storage.base import Storage, encode_letter
 from ..storage.protocol import STORY_LENGTH, Step
 from ..topics import WEEK
 from .clock import ManualClock
@@ -394,7 +394,7 @@ class CommitPromises:
 
     def test_raw_bytes_of_any_kind_are_kept(self, storage: Storage) -> None:
         raw = bytes(range(256)) * 4000
-        commit = replace(unclaimed(Step.DEAD), blob=encode(letter("m1", raw=raw)))
+        commit = replace(unclaimed(Step.DEAD), blob=encode_letter(letter("m1", raw=raw)))
         assert storage.commit(commit)
 
         found = storage.dead_get("m1")

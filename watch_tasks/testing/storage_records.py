@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from ..errors import MessageError, StorageClosedError, TopicError
 from ..record import Counters
 from ..storage.base import Storage
-from ..storage.protocol import Granted, Step
+from ..storage.protocol import Granted, Refusal, Step
 from ..topics import WEEK
 from .clock import ManualClock
-from .storage_values import LEASE, TOPIC, ask, grant, handle, kinds, record, settle, unclaimed
+from .storage_values import LEASE, TOPIC, ask, grant, handle, kinds, record, refusal, settle, unclaimed
 
 __all__ = ["RecordPromises"]
 
@@ -58,21 +59,20 @@ class RecordPromises:
 
     def test_a_put_record_is_kept_as_it_is(self, storage: Storage, clock: ManualClock) -> None:
         given = record("order-1", at=clock() - 10.25, data={"total": [1, 2.5, None, "ü"]})
+        kept = msgspec.structs.replace(given, expires_at=given.handled_at + timedelta(seconds=WEEK))
 
         storage.put(given)
         storage.put(given)
 
-        assert storage.get(TOPIC, "order-1") == given
-        assert list(storage.range(TOPIC)) == [given]
+        assert storage.get(TOPIC, "order-1") == kept
+        assert list(storage.range(TOPIC)) == [kept]
         assert storage.len() == 1
 
     def test_a_put_record_replaces_the_one_there_is(self, storage: Storage, clock: ManualClock) -> None:
         handle(storage, "m1")
-        given = record("order-1", id="m2", at=clock())
+        storage.put(record("order-1", id="m2", at=clock()), retention=None)
 
-        storage.put(given)
-
-        assert storage.get(TOPIC, "order-1") == given
+        assert storage.get(TOPIC, "order-1") == record("order-1", id="m2", at=clock())
         assert storage.len() == 1
         assert not isinstance(storage.claim(ask("m1")), Granted)
 
@@ -95,6 +95,43 @@ class RecordPromises:
 
         assert found is not None
         assert found.data == data
+
+    # -- records of another storage
+
+    def test_records_are_restored_with_what_is_left_of_their_time(self, storage: Storage, clock: ManualClock) -> None:
+        handled_at = datetime.fromtimestamp(clock(), UTC)
+        given = [
+            record("for ever", id="m1", at=clock(), data=[1]),
+            msgspec.structs.replace(
+                record("a day", id="m2", at=clock()), expires_at=handled_at + timedelta(days=1), retries=2, worker="w"
+            ),
+            msgspec.structs.replace(record("over", id="m3", at=clock() - WEEK), expires_at=handled_at),
+        ]
+
+        assert storage.restore(iter(given)) == 2
+        assert storage.restore(iter(given)) == 0
+
+        assert {one.index: one for one in storage.range()} == {one.index: one for one in given[:2]}
+        assert refusal(storage, ask("m2", index="a day")) is Refusal.DUPLICATE
+        clock.advance(86400)
+        assert [one.index for one in storage.range()] == ["for ever"]
+
+    def test_a_restored_record_leaves_the_newer_one_alone(self, storage: Storage, clock: ManualClock) -> None:
+        storage.put(record("order-1", id="old", at=clock() - 10))
+        handle(storage, "new", index="order-2")
+
+        kept = storage.restore([record(f"order-{number}", id="m", at=clock() - 5) for number in (1, 2)])
+
+        assert kept == 1
+        assert {one.index: one.id for one in storage.range()} == {"order-1": "m", "order-2": "new"}
+
+    def test_records_are_restored_in_any_order(self, storage: Storage, clock: ManualClock) -> None:
+        times = [clock() - 1000 + (number * 337) % 1000 for number in range(450)]
+
+        storage.restore(record(f"order-{at:.0f}", id=f"m{at:.0f}", at=at) for at in times)
+
+        assert [one.handled_at.timestamp() for one in storage.range(newest_first=False)] == sorted(times)
+        assert storage.len(TOPIC) == 450
 
     # -- names
 

@@ -10,7 +10,7 @@ import msgspec
 from ..message import Once
 from ..outcome import Reason
 from ..record import DeadLetter, Record
-from ..storage.base import Storage, encode
+from ..storage.base import Storage, encode_letter, encode_record
 from ..storage.protocol import Claim, Commit, Granted, Refusal, Refused, Step
 from ..topics import WEEK
 
@@ -93,9 +93,9 @@ def settle(
 ) -> Commit:
     """Return the commit that ends a granted claim in a step."""
     if step is Step.HANDLED:
-        blob = blob or encode(record(claim.index, topic=claim.topic, id=claim.id, digest=claim.digest))
+        blob = blob or encode_record(record(claim.index, topic=claim.topic, id=claim.id, digest=claim.digest))
     if step is Step.DEAD:
-        blob = blob or encode(letter(claim.id, topic=claim.topic, index=claim.index, copy=granted.copy))
+        blob = blob or encode_letter(letter(claim.id, topic=claim.topic, index=claim.index, copy=granted.copy))
     return Commit(
         step=step,
         topic=claim.topic,
@@ -116,9 +116,9 @@ def unclaimed(
 ) -> Commit:
     """Return a commit of a message that was never claimed."""
     if step is Step.DEAD:
-        blob = encode(letter(id, topic=topic or None, index=index, error=error))
+        blob = encode_letter(letter(id, topic=topic or None, index=index, error=error))
     else:
-        blob = encode(record(index or id, topic=topic, id=id))
+        blob = encode_record(record(index or id, topic=topic, id=id))
     return Commit(step=step, topic=topic, index=index, id=id, copy=0, token=None, blob=blob, retention=WEEK)
 
 

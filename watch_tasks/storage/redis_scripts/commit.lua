@@ -13,6 +13,7 @@ local function is_repeated(commit, state, record)
   elseif commit.step == 'released' then
     return state.status == 'waiting' and state.copy == commit.copy
   end
+  if commit.step == 'mark' then return state.status == 'running' and state.progress == commit.blob end
   return commit.step == 'dead' and state.status == 'dead'
 end
 
@@ -73,8 +74,9 @@ local function commit_one(commit)
     dead = dead or state and state.status == 'replaying' and not is_replay
     local is_listed = not is_replay and redis.call('EXISTS', of_id('d', commit.id)) == 1
     if commit.step == 'dead' and (done or dead or is_listed) then return 1 end
+  elseif is_repeated(commit, state, record) then
+    return 1
   elseif not state or state.token ~= commit.token or not is_held(state) then
-    if is_repeated(commit, state, record) then return 1 end
     if commit.index then
       local note = commit.notes[#commit.notes] or '{}'
       tell(commit.topic, commit.index, commit.retention, {event(NOW, 'fenced', note, commit.expires)})
