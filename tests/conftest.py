@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from watch_tasks.registry import registry
 
+from .postgres import PostgresHome, PostgresServer, find_postgres
 from .servers import RedisServer, find_redis, in_ci
 
 pytest_plugins = ["watch_tasks.testing.plugin"]
@@ -19,7 +21,7 @@ pytest_plugins = ["watch_tasks.testing.plugin"]
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of the person who runs the tests reaches them, and no topic of one test the next."""
     for name in os.environ:
-        if name.startswith(("WATCH_", "CELERY_", "FLOWER_")):
+        if name.startswith(("WATCH_", "CELERY_", "FLOWER_", "PG")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WATCH_DIR", str(tmp_path / "watch"))
     monkeypatch.setattr(registry, "_topics", {})
@@ -46,6 +48,20 @@ def _redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def _postgres_home() -> Iterator[PostgresHome]:
+    home = PostgresHome(find_postgres())
+    yield home
+    home.close()
+
+
+@pytest.fixture(scope="session")
+def _postgres(_postgres_home: PostgresHome) -> Iterator[PostgresServer]:
+    server = _postgres_home.server().start()
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def valkey(_valkey: RedisServer) -> RedisServer:
     """A running Valkey, empty. Do not stop it: other tests share it."""
@@ -68,3 +84,23 @@ def own_valkey(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path / "valkey").start()
     yield server
     server.stop()
+
+
+#: Each test has a name for its database.
+_databases = count()
+
+
+@pytest.fixture
+def postgres(_postgres: PostgresServer) -> Iterator[str]:
+    """The URL of an empty database, on a PostgreSQL that other tests share."""
+    name = f"test{next(_databases)}"
+    yield _postgres.create_database(name)
+    _postgres.drop_database(name)
+
+
+@pytest.fixture
+def own_postgres(_postgres_home: PostgresHome) -> Iterator[PostgresServer]:
+    """A running PostgreSQL of the test's own, to stop, freeze and start again."""
+    server = _postgres_home.server().start()
+    yield server
+    server.remove()
