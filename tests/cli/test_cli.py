@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from celery import Celery
 from click.testing import CliRunner
 
 from tests.servers import RedisServer
@@ -19,7 +20,7 @@ from watch_tasks.cli.sample import send_command
 from watch_tasks.storage import open_storage
 from watch_tasks.topics import Topic
 
-from .conftest import Order
+from .conftest import Order, runner
 
 
 def commands(of: click.Group) -> list[click.Command]:
@@ -103,6 +104,19 @@ def test_broker_url_that_cannot_be_used_is_a_sentence(
     assert said in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "cret" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", [["check"], ["handled", "count"]], ids=lambda args: args[0])
+def test_storage_that_cannot_keep_the_promises_is_a_sentence(
+    command: list[str], app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCH_STORAGE_BACKEND", "cache+memcached://user:s3cret@localhost")
+
+    result = runner(app)(*command)
+
+    assert result.exit_code == 1
+    assert "storage `cache+memcached` cannot keep the promises: a cache forgets" in result.output
+    assert "s3cret" not in result.output
 
 
 @pytest.mark.parametrize("option", [("-A", "nowhere"), ("-I", "nowhere")])

@@ -302,3 +302,15 @@ def test_a_worker_that_cannot_work_says_all_that_is_wrong(make_site: MakeSite) -
     assert "unknown setting `watch_leese`, did you mean `watch_lease`?" in ended.stderr
     assert "setting `watch_renew_every` must be seconds above 0, got 'soon'" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_storage_that_cannot_keep_the_promises_is_one_complaint_of_all(make_site: MakeSite) -> None:
+    site = make_site('empty = topic("empty")\n', WATCH_STORAGE_BACKEND="db+mysql://user:s3cret@localhost/results")
+
+    ended = site.run("-m", "celery", "-A", "watch_tasks", "worker", "-c", "1")
+
+    assert ended.returncode == 1
+    assert "setting `watch_storage_backend`: storage `db+mysql` cannot keep the promises" in ended.stderr
+    assert "topic `empty` has no handlers" in ended.stderr
+    assert "s3cret" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr

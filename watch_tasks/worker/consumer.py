@@ -230,7 +230,12 @@ def _check(app: Any, pool: Any, runtime: Any) -> None:
             for topic in registry
             if not topic.handlers
         ]
-        if not runtime.storage.is_shared and isinstance(pool, PreforkPool):
+        try:
+            is_shared = runtime.storage.is_shared
+        except ConfigurationError as exc:
+            complaints += [f"setting `watch_storage_backend`: {complaint}" for complaint in exc.complaints]
+            is_shared = True
+        if not is_shared and isinstance(pool, PreforkPool):
             complaints.append(
                 f"storage {settings.storage_url} lives in one process, and this pool has several: use -P threads or "
                 "-P solo, or a storage such as redis://…"
