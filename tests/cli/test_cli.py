@@ -106,7 +106,7 @@ def test_broker_url_that_cannot_be_used_is_a_sentence(
     assert "cret" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("command", [["check"], ["handled", "count"]], ids=lambda args: args[0])
+@pytest.mark.parametrize("command", [["check"], ["handled", "count"], ["storage", "migrate"]], ids=lambda args: args[0])
 def test_storage_that_cannot_keep_the_promises_is_a_sentence(
     command: list[str], app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

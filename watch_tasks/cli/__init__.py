@@ -14,6 +14,7 @@ from .explain import explain
 from .handled import handled
 from .program import examples
 from .send import send
+from .storage import storage
 from .topics import topics
 from .up import up
 
@@ -23,7 +24,7 @@ __all__ = ["group", "main"]
 @click.group(
     cls=Group,
     name="watch",
-    commands=[up, send, topics, handled, dead, explain, check],
+    commands=[up, send, topics, handled, dead, explain, storage, check],
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
         "watch-tasks up alerts",

@@ -257,6 +257,14 @@ class Storage(ABC):
         """Return what a person should know before trusting this storage: (check, ok, detail, fix) each."""
         return []
 
+    def migrations(self) -> list[str]:
+        """Return what `migrate` would run, each as a statement or a sentence; empty: the storage is up to date."""
+        return []
+
+    def migrate(self) -> list[str]:
+        """Bring what is kept to the form that this version needs, and return what was run. Twice is safe."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Let go of connections. Twice is safe. What was kept stays kept, where the backend survives its process."""
