@@ -23,6 +23,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", README, re
 FILES = {name[1]: code for code, _ in BLOCKS if (name := re.match(r"# (\w+\.py)\n", code))}
 PROGRAMS = [(code, output) for code, output in BLOCKS if not re.match(r"# \w+\.py\n", code)]
 
+#: Commands that have commands below them.
+GROUPS = ("handled", "dead", "storage")
+
 
 @pytest.fixture
 def folder(tmp_path: Path, valkey: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -79,11 +82,11 @@ def test_every_command_it_names_exists(tmp_path: Path) -> None:
     named = set()
     for line in re.findall(r"(?:^|`)watch-tasks ([^`\n]+)", README, re.MULTILINE):
         command, *rest = line.replace("\\|", "|").split()
-        actions = rest[0].split("|") if command in ("handled", "dead") else [""]
+        actions = rest[0].split("|") if command in GROUPS else [""]
         named |= {f"{command} {action}".strip() for action in actions}
 
     known = commands(tmp_path)
-    for group in ("handled", "dead"):
+    for group in GROUPS:
         known |= {f"{group} {action}" for action in commands(tmp_path, group)}
 
     assert named <= known

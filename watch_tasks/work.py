@@ -19,7 +19,7 @@ from .storage.base import encode_letter, encode_record
 from .storage.protocol import Claim, Commit, Granted, Step
 from .topics import Topic
 
-__all__ = ["Progress", "Settlement", "Work", "error_text", "shown"]
+__all__ = ["Progress", "Settlement", "Work", "digest_of", "error_text", "shown"]
 
 #: Failed tries that a message carries along: the newest.
 _ATTEMPTS: Final = 100
@@ -78,7 +78,7 @@ class Work:
         if message.index == message.id:  # nobody named it
             message = replace(message, index=topic.index_of(data) or message.id)
         # Taken once: the claim, the commit and the record all carry it, and a payload may be large.
-        digest = hashlib.blake2b(plain, digest_size=16).hexdigest()
+        digest = digest_of(plain)
         return cls(topic, message, data, plain, digest, worker, Progress(message.retries, message.handled))
 
     @property
@@ -229,6 +229,11 @@ class Settlement:
         if isinstance(self.outcome, Retry):
             return self.outcome
         return Snoozed(0.0, self.carrier)
+
+
+def digest_of(plain: bytes) -> str:
+    """Return the digest of data as canonical JSON, by which a repetition under an index is told from other data."""
+    return hashlib.blake2b(plain, digest_size=16).hexdigest()
 
 
 def error_text(error: BaseException | str) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
@@ -16,12 +12,13 @@ from ..errors import MessageError, TooLargeError, TopicError
 from ..message import Message, Once
 from ..schema import dump
 from ..topics import Topic, Verdict, check_topic
-from .output import emit, note, to_json
+from .lines import Complain, parse, reading
+from .output import emit, note
 
 if TYPE_CHECKING:
     from .program import Program
 
-__all__ = ["Counts", "Route", "parse", "send_lines"]
+__all__ = ["Counts", "Route", "send_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +48,9 @@ class Counts:
         """Count one line."""
         setattr(self, verdict.value, getattr(self, verdict.value) + 1)
 
-
-def parse(text: str | bytes) -> Any:
-    """Return the value of one JSON text.
-
-    Raises:
-        ValueError: it is none; the text says where.
-    """
-    try:
-        return json.loads(text, parse_constant=_refuse)
-    except UnicodeDecodeError as exc:
-        raise ValueError(f"got bytes that are not UTF-8, at {exc.start}") from exc
-    except RecursionError as exc:
-        raise ValueError("got values nested too deep") from exc
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"got {exc.doc[:80]!r}: {exc.msg} at character {exc.pos + 1}") from exc
+    def told(self) -> str:
+        """Return them in a few words."""
+        return f"{self.sent:,} sent, {self.refused:,} refused"
 
 
 def send_lines(program: Program, source: IO[bytes], route: Route, *, dry_run: bool) -> Counts:
@@ -84,7 +69,7 @@ def send_lines(program: Program, source: IO[bytes], route: Route, *, dry_run: bo
     if route.topic:
         program.topic(route.topic)  # what is wrong with its module is said before the first line is read
     try:
-        with _progress(source, counts) as (lines, complain):
+        with reading(source, counts.told) as (lines, complain):
             reader = _Reader(program, route, counts, complain, binds=not dry_run)
             # Runs of one topic, lazily: the order holds over topics, and a pipe is sent as it comes.
             for topic, run in groupby(reader.messages(lines), key=reader.topic_of):
@@ -110,9 +95,7 @@ def send_lines(program: Program, source: IO[bytes], route: Route, *, dry_run: bo
 class _Reader:
     """Turns lines into messages, and remembers which line a message was until its verdict."""
 
-    def __init__(
-        self, program: Program, route: Route, counts: Counts, complain: Callable[[int, str], None], *, binds: bool
-    ) -> None:
+    def __init__(self, program: Program, route: Route, counts: Counts, complain: Complain, *, binds: bool) -> None:
         self._program = program
         self._route = route
         self._counts = counts
@@ -186,40 +169,3 @@ def _index(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
         raise MessageError(f"the field `{name}`, the index, must be a text or a whole number, got {value!r:.80}")
     return value
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"got {constant}, which JSON has not")
-
-
-@contextmanager
-def _progress(source: IO[bytes], counts: Counts) -> Iterator[tuple[Iterator[bytes], Callable[[int, str], None]]]:
-    """Give the lines, and what tells a bad one; at a terminal with a bar that moves along."""
-    if not sys.stderr.isatty():
-        yield iter(source), lambda number, error: note(to_json({"line": number, "error": error}))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), TextColumn("{task.fields[sent]:,} sent, {task.fields[refused]:,} refused"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("", total=_size(source), sent=0, refused=0)
-
-        def lines() -> Iterator[bytes]:
-            for line in source:
-                yield line
-                bar.update(task, advance=len(line), sent=counts.sent, refused=counts.refused)
-
-        def complain(number: int, error: str) -> None:
-            console.print(to_json({"line": number, "error": error}), markup=False, highlight=False, soft_wrap=True)
-
-        yield lines(), complain
-
-
-def _size(source: IO[bytes]) -> int | None:
-    """Bytes of a file; None for a pipe, which has no end to measure by."""
-    try:
-        return os.fstat(source.fileno()).st_size or None
-    except (OSError, ValueError):
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from itertools import islice
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import click
 import msgspec
@@ -12,8 +12,9 @@ import msgspec
 from ..errors import NotFoundError
 from ..record import Record
 from ..schema import dump
-from .codes import Group
-from .output import clean, count, emit, table, when
+from .codes import FAILED, PARTLY, Group
+from .moving import export_lines, import_lines
+from .output import clean, count, emit, note, table, to_json, when
 from .program import SINCE, TOPIC, Program, confirm, examples, with_program
 
 __all__ = ["handled"]
@@ -28,7 +29,7 @@ _FIELDS: Final = (
 
 @click.group(cls=Group)
 def handled() -> None:
-    """See and forget what was handled."""
+    """See, move and forget what was handled."""
 
 
 @handled.command(
@@ -117,6 +118,51 @@ def clear(program: Program, topic: str | None, yes: bool) -> None:
         emit({"topic": topic, "count": number})
     else:
         click.echo(f"{count(number, 'record')} removed")
+
+
+@handled.command(
+    epilog=examples(
+        "watch-tasks handled export > records.jsonl",
+        "watch-tasks handled export alarm --since 7d | gzip > alarm.jsonl.gz",
+    )
+)
+@click.argument("topic", required=False, type=TOPIC)
+@click.option("--since", type=SINCE, help="Only what was handled since: 2026-01-31T12:00:00Z, or 15m, 2h, 7d ago.")
+@with_program
+def export(program: Program, topic: str | None, since: datetime | None) -> None:
+    """Print the records of TOPIC, or of all topics, as JSON lines, oldest first.
+
+    Each line is all of a record, for `watch-tasks handled import`: the fields of `list --json`, and digest and
+    expires_at (null: never). The count on stderr says that it is complete.
+    """
+    exported = export_lines(program.storage.range(topic, since=since, newest_first=False))
+    note(to_json({"exported": exported}) if program.as_json else f"{count(exported, 'record')} exported")
+
+
+@handled.command(
+    "import",
+    epilog=examples(
+        "watch-tasks handled import records.jsonl",
+        "watch-tasks handled export | WATCH_STORAGE_BACKEND=postgresql://db/watch watch-tasks handled import",
+    ),
+)
+@click.argument("source", metavar="[FILE|-]", default="-", type=click.File("rb"))
+@with_program
+def import_(program: Program, source: IO[bytes]) -> None:
+    """Keep the records that another storage exported: the JSON lines of FILE, or of stdin.
+
+    Each is kept until its expires_at. Skipped is what is over, and what the storage has a record of that was handled
+    then or later: the same file twice is safe, beside workers too.
+
+    Lines of other programs need topic, index, id and handled_at. Without digest that of data is taken, without
+    expires_at the topic's retention (a week where no loaded module defines the topic).
+
+    A bad line is told on stderr as {line,error} and keeps no other line from being imported; the last line of stdout
+    counts them. Exit code 5: some lines were bad; 1: all.
+    """
+    counts = import_lines(program, source)
+    if counts.refused:
+        raise click.exceptions.Exit(PARTLY if counts.imported or counts.skipped else FAILED)
 
 
 def _record(program: Program, topic: str, index: str) -> Record:

@@ -8,8 +8,9 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from ..message import Once, check_index
-from .bulk import Route, parse, send_lines
+from .bulk import Route, send_lines
 from .codes import FAILED, PARTLY, Command
+from .lines import parse
 from .output import clean, emit, when
 from .program import TOPIC, Program, examples, with_program
 
