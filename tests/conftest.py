@@ -57,7 +57,8 @@ def _postgres_home() -> Iterator[PostgresHome]:
 
 @pytest.fixture(scope="session")
 def _postgres(_postgres_home: PostgresHome) -> Iterator[PostgresServer]:
-    server = _postgres_home.server().start()
+    # Killed processes lose nothing by it, and no test here cuts the power.
+    server = _postgres_home.server(fsync="off").start()
     yield server
     server.stop()
 

@@ -13,6 +13,7 @@ from .errors import (
     DeadLetterError,
     HandlerExitError,
     HandlerTimeoutError,
+    HandlerTransactionError,
     MessageError,
     NotFoundError,
     QueueClosedError,
@@ -28,6 +29,7 @@ from .errors import (
     StorageUnavailableError,
     TooLargeError,
     TopicError,
+    TransactionLostError,
     WatchTasksError,
 )
 from .message import Indexer, Message, Once
@@ -109,6 +111,7 @@ __all__ = [  # noqa: RUF022 - grouped by theme
     "DeadLetterError",
     "HandlerExitError",
     "HandlerTimeoutError",
+    "HandlerTransactionError",
     "MessageError",
     "NotFoundError",
     "QueueClosedError",
@@ -124,6 +127,7 @@ __all__ = [  # noqa: RUF022 - grouped by theme
     "StorageUnavailableError",
     "TooLargeError",
     "TopicError",
+    "TransactionLostError",
     "WatchTasksError",
 ]
 

@@ -16,9 +16,11 @@
     ├── StorageError              a storage that cannot do what was asked
     │   ├── StorageClosedError    it was closed in this program
     │   └── StorageUnavailableError  its server does not answer: try again
+    │       └── TransactionLostError  and a handler's transaction was lost by it
     ├── NotFoundError             nothing is kept under that index or id
     ├── HandlerTimeoutError       a handler ran past its topic's timeout
     ├── HandlerExitError          a handler tried to end the process (`sys.exit()`)
+    ├── HandlerTransactionError   a handler ended its transaction, or left one that cannot be committed
     └── DeadLetterError           why a message became a dead letter, where no handler's error says it
 
 What a handler raises on purpose (`Snooze`, `Discard`) is a verdict, not an error: see `outcome.py`.
@@ -37,6 +39,7 @@ __all__ = [
     "DeadLetterError",
     "HandlerExitError",
     "HandlerTimeoutError",
+    "HandlerTransactionError",
     "MessageError",
     "NotFoundError",
     "QueueClosedError",
@@ -52,6 +55,7 @@ __all__ = [
     "StorageUnavailableError",
     "TooLargeError",
     "TopicError",
+    "TransactionLostError",
     "WatchTasksError",
     "did_you_mean",
 ]
@@ -157,6 +161,10 @@ class StorageUnavailableError(StorageError):
     """The storage's server does not answer, or refuses to write; try again later."""
 
 
+class TransactionLostError(StorageUnavailableError):
+    """A handler's transaction was lost: what it wrote was stored with what became of its message, or neither was."""
+
+
 class NotFoundError(WatchTasksError, LookupError):
     """Nothing is kept under that index or id."""
 
@@ -167,6 +175,10 @@ class HandlerTimeoutError(WatchTasksError, TimeoutError):
 
 class HandlerExitError(WatchTasksError):
     """A handler tried to end the process it runs in; it was counted as a failure instead."""
+
+
+class HandlerTransactionError(WatchTasksError):
+    """A handler ended the transaction of `message.connection`, or left one that cannot be committed."""
 
 
 class DeadLetterError(WatchTasksError):

@@ -11,8 +11,9 @@ from typing import Final
 from watch_tasks.message import Once
 from watch_tasks.outcome import Reason
 from watch_tasks.record import DeadLetter, Record
-from watch_tasks.storage.base import Storage, encode_letter, encode_record
+from watch_tasks.storage.base import Storage
 from watch_tasks.storage.protocol import Claim, Commit, Granted, Refusal, Refused, Replay, Replayed, Step
+from watch_tasks.storage.stored import encode_letter, encode_record
 
 from .truth import Grant, Invariant, Sent, Truth, Violation
 

@@ -13,10 +13,10 @@ import pytest
 
 from tests.servers import RedisServer
 from watch_tasks.storage import open_storage
-from watch_tasks.storage.base import encode_record
 from watch_tasks.storage.protocol import Granted, Step
 from watch_tasks.storage.redis import RedisStorage
 from watch_tasks.storage.redis_client import open_client
+from watch_tasks.storage.stored import encode_record
 from watch_tasks.testing import ManualClock, StorageSuite
 from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, grant, handle, record, settle
 from watch_tasks.topics import WEEK

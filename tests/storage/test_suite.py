@@ -19,6 +19,8 @@ _URLS = {
     "redis+socket": "redis+socket:///run/redis.sock",
     "unix": "unix:///run/redis.sock",
     "sentinel": "sentinel://localhost/0?master_name=main",
+    "sqlite": "sqlite:///watch.db",
+    "postgresql": "postgresql://localhost/watch",
 }
 
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager
+from datetime import datetime
 from itertools import islice
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgspec
 
-from ..errors import SchemaError
+from ..errors import ConfigurationError
 from ..message import check_index
 from ..record import Counters, DeadLetter, Event, Record
-from ..schema import dump, load
-from ..topics import WEEK, check_topic
-from .protocol import Claim, Commit, Granted, Put, Refused, Replay, Replayed
+from ..schema import load
+from ..topics import WEEK, Topic, check_topic
+from .protocol import Claim, Commit, Granted, Put, Refused, Replay, Replayed, Settled
+from .stored import Stored, StoredRecord, encode_record, letter_of, record_of, time_of
 
-__all__ = ["Storage", "Stored", "StoredRecord", "encode_letter", "encode_record"]
+__all__ = ["PAGE", "Storage", "Transaction"]
 
 #: Records and letters that `range`, `dead`, `clear` and `restore` take in one step.
 PAGE: Final = 200
@@ -31,41 +32,23 @@ PAGE: Final = 200
 _NOTHING: Final = b"{}"
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A dead letter as a backend gives it back: opaque bytes."""
+class Transaction(ABC):
+    """What a handler writes by `connection`, and what becomes of its message, are stored together or not at all."""
 
-    #: Seconds since the epoch, by the storage's clock.
-    at: float
-    blob: bytes
+    @property
+    @abstractmethod
+    def connection(self) -> Any:
+        """What the handler writes by."""
 
+    @abstractmethod
+    def commit(self, commit: Commit) -> Settled:
+        """Settle a message, and commit both. REFUSED or REPEATED: what the handler wrote is undone.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRecord:
-    """A record as a backend gives it back: what the backend has to know of it, and the rest as opaque bytes."""
-
-    topic: str
-    index: str
-    id: str
-    #: Hex digest of the data.
-    digest: str
-    #: When it was handled: seconds since the epoch, by the storage's clock.
-    at: float
-    #: When it ends, by the same clock; None: never.
-    expires: float | None
-    blob: bytes
-
-
-class _Rest(msgspec.Struct, frozen=True, array_like=True):
-    """What a record holds beyond a `StoredRecord`. As few bytes as will do: there may be ten million."""
-
-    retries: int
-    max_retries: int | None
-    sent_at: datetime | None
-    seconds: float
-    worker: str
-    #: As JSON; None: null, or not kept.
-    data: bytes | None
+        Raises:
+            TransactionLostError: both were stored, or neither: `Storage.was_accepted` tells.
+            HandlerTransactionError: the handler left a transaction that cannot be committed. It is undone.
+            Exception: the database refused what the handler wrote. It is undone.
+        """
 
 
 class Storage(ABC):
@@ -89,7 +72,7 @@ class Storage(ABC):
     def get(self, topic: str, index: str) -> Record | None:
         """Return the record of an index, or None where it was never handled or its retention is over."""
         stored = self._get(check_topic(topic), check_index(index))
-        return _record(stored) if stored else None
+        return record_of(stored) if stored else None
 
     def put(self, record: Record, *, retention: float | None = WEEK) -> None:
         """Keep a record as it is, in place of the one there may be. Twice is safe.
@@ -154,7 +137,7 @@ class Storage(ABC):
             newest_first: the order.
         """
         start = since.timestamp() if since else None
-        streams = [map(_record, self._scan(name, start, newest_first)) for name in self._names(topic)]
+        streams = [map(record_of, self._scan(name, start, newest_first)) for name in self._names(topic)]
         return heapq.merge(*streams, key=lambda record: record.handled_at, reverse=newest_first)
 
     # -- dead letters
@@ -167,12 +150,12 @@ class Storage(ABC):
             since: leave out what died before.
         """
         for stored in self._letters(topic, since.timestamp() if since else None):
-            yield _letter(stored)
+            yield letter_of(stored)
 
     def dead_get(self, id: str) -> DeadLetter | None:
         """Return the dead letter of a message, or None."""
         stored = self._letter(id)
-        return _letter(stored) if stored else None
+        return letter_of(stored) if stored else None
 
     def dead_remove(self, id: str, *, by: str = "") -> bool:
         """Throw a dead letter away for good; return whether there was one. Redeliveries of it stay duplicates."""
@@ -184,7 +167,9 @@ class Storage(ABC):
     def explain(self, topic: str, index: str) -> Iterator[Event]:
         """Yield the story of an index, oldest event first; at most its newest 200 events."""
         for at, kind, note in self._story(check_topic(topic), check_index(index)):
-            yield msgspec.convert({**load(note), "at": _time(at), "event": kind, "topic": topic, "index": index}, Event)
+            yield msgspec.convert(
+                {**load(note), "at": time_of(at), "event": kind, "topic": topic, "index": index}, Event
+            )
 
     def counters(self, topic: str) -> Counters:
         """Return what the messages of a topic came to so far."""
@@ -243,6 +228,29 @@ class Storage(ABC):
             For each what became of it, and the number of the copy to publish; 0 where it was not accepted.
         """
         return self._replay(replays) if replays else []
+
+    def misfits(self, topics: Iterable[Topic[Any]]) -> list[str]:
+        """Return a complaint for each topic that needs what this storage cannot do."""
+        return [
+            f"topic `{topic.name}` is transactional, and storage `{self!r}` has no transactions for handlers: use "
+            "postgresql://… or sqlite:///…"
+            for topic in topics
+            if topic.transactional and not self.is_transactional
+        ]
+
+    def transaction(self) -> AbstractContextManager[Transaction]:
+        """Begin a transaction for one handler; leaving its block without a commit undoes it.
+
+        Raises:
+            ConfigurationError: this storage has none: `is_transactional` says so.
+            TransactionLostError: the storage does not answer; also in place of an error inside the block that says no
+                more than that.
+        """
+        raise ConfigurationError(f"storage `{self!r}` cannot store in a handler's transaction: use a SQL storage")
+
+    def was_accepted(self, commit: Commit) -> bool:
+        """Return whether this very commit holds, though its answer was lost. Waits for transactions under way."""
+        raise ConfigurationError(f"storage `{self!r}` cannot store in a handler's transaction: use a SQL storage")
 
     # -- life
 
@@ -329,26 +337,6 @@ class Storage(ABC):
         return sorted(self._topics()) if topic is None else [check_topic(topic)]
 
 
-def encode_record(record: Record) -> bytes:
-    """Return what backends keep of a record beside its topic, index, id, digest and times.
-
-    Raises:
-        SchemaError: its data has no JSON form.
-    """
-    data = None if record.data is None else dump(record.data)
-    rest = _Rest(record.retries, record.max_retries, record.sent_at, record.seconds, record.worker, data)
-    return msgspec.msgpack.encode(rest)
-
-
-def encode_letter(letter: DeadLetter) -> bytes:
-    """Return a dead letter as the bytes that backends keep.
-
-    Raises:
-        SchemaError: its data has no JSON form.
-    """
-    return msgspec.json.encode(msgspec.structs.replace(letter, data=msgspec.Raw(dump(letter.data))))
-
-
 def _put(record: Record, retention: float | None, *, only_newer: bool = False) -> Put:
     return Put(
         topic=check_topic(record.topic),
@@ -364,47 +352,6 @@ def _put(record: Record, retention: float | None, *, only_newer: bool = False) -
 
 def _retention(record: Record) -> float | None:
     return (record.expires_at - record.handled_at).total_seconds() if record.expires_at else None
-
-
-def _record(stored: StoredRecord) -> Record:
-    try:
-        rest = _decode_rest(stored.blob)
-    except msgspec.DecodeError as exc:
-        raise SchemaError(f"the storage holds a record that this version cannot read: {exc}") from exc
-    return Record(
-        topic=stored.topic,
-        index=stored.index,
-        id=stored.id,
-        retries=rest.retries,
-        max_retries=rest.max_retries,
-        sent_at=rest.sent_at,
-        handled_at=_time(stored.at),
-        expires_at=None if stored.expires is None else _time(stored.expires),
-        seconds=rest.seconds,
-        worker=rest.worker,
-        digest=stored.digest,
-        data=None if rest.data is None else load(rest.data),
-    )
-
-
-_decode_rest = msgspec.msgpack.Decoder(_Rest).decode
-
-
-def _letter(stored: Stored) -> DeadLetter:
-    return msgspec.structs.replace(_decode_letter(stored.blob), dead_at=_time(stored.at))
-
-
-def _decode_letter(blob: bytes) -> DeadLetter:
-    try:
-        return msgspec.json.decode(blob, type=DeadLetter)
-    except msgspec.ValidationError as exc:
-        raise SchemaError(f"the storage holds a dead letter that this version cannot read: {exc}") from exc
-    except msgspec.DecodeError:
-        return msgspec.convert(load(blob), DeadLetter)
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _by(by: str) -> bytes:

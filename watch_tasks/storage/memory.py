@@ -10,11 +10,12 @@ from typing import ClassVar
 
 from ..errors import StorageClosedError
 from ..record import Counters
-from .base import Storage, Stored, StoredRecord
+from .base import Storage
 from .kept import NEVER, Entry
 from .memory_kept import MemoryKept
 from .protocol import Claim, Commit, Granted, Put, Refused, Replay, Replayed, Settled
 from .rules import Rules
+from .stored import Stored, StoredRecord
 
 __all__ = ["MemoryStorage"]
 

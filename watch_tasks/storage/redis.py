@@ -43,9 +43,10 @@ from redis.exceptions import (
 
 from ..errors import StorageClosedError, StorageError, StorageUnavailableError
 from ..record import Counters
-from .base import PAGE, Storage, Stored, StoredRecord
+from .base import PAGE, Storage
 from .protocol import Claim, Commit, Granted, Put, Refusal, Refused, Replay, Replayed
 from .redis_client import mask, open_client, read_options
+from .stored import Stored, StoredRecord
 
 __all__ = ["RedisStorage", "open_url"]
 

@@ -184,6 +184,11 @@ class Rules:
             kept.tell(key, [(self.now, kind, note) for kind, note in commit.notes], commit.retention)
         return Settled.ACCEPTED
 
+    def was_accepted(self, commit: Commit) -> bool:
+        """Whether this very commit holds already."""
+        key = (commit.topic, commit.index) if commit.index is not None else None
+        return self.is_repeated(commit, self.kept.state(commit.id), key)
+
     def may_settle(self, commit: Commit, state: State | None) -> bool:
         """Whether the commit's token is the newest of its message, and still counts."""
         return state is not None and state.token == commit.token and self.is_held(state)

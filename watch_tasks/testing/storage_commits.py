@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from ..record import Counters
-from ..storage.base import Storage, encode_letter
+from ..storage.base import Storage
 from ..storage.protocol import STORY_LENGTH, Step
+from ..storage.stored import encode_letter
 from ..topics import WEEK
 from .clock import ManualClock
 from .storage_values import LEASE, TOPIC, ask, finish, grant, handle, kinds, letter, record, settle, unclaimed

@@ -10,8 +10,9 @@ import msgspec
 from ..message import Once
 from ..outcome import Reason
 from ..record import DeadLetter, Record
-from ..storage.base import Storage, encode_letter, encode_record
+from ..storage.base import Storage
 from ..storage.protocol import Claim, Commit, Granted, Refusal, Refused, Step
+from ..storage.stored import encode_letter, encode_record
 from ..topics import WEEK
 
 __all__ = [

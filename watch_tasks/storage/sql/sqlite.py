@@ -1,0 +1,117 @@
+"""SQLite, in one file, in WAL mode. Whoever writes has the whole file: that is the lock."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Final
+
+from sqlalchemy import Connection, Engine, FromClause, bindparam, create_engine, event, func, select
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import SchemaItem
+
+from ..kept import Key
+from .backend import ANSWER, Backend
+from .tables import Name, Tables, spell
+from .transaction import watch_handlers
+
+__all__ = ["Sqlite"]
+
+#: Execution option of connections that only read.
+_READS: Final = "watch_reads"
+
+#: Of what passes: another writer, a full disk, a file that is not there.
+_PASSING: Final = re.compile(
+    r"database (table )?is locked|disk I/O error|database or disk is full|readonly database|unable to open database"
+)
+
+
+class Sqlite(Backend):
+    """A SQLite file, which the processes of one machine share. Its clock is the machine's."""
+
+    insert = staticmethod(sqlite.insert)
+    reading: ClassVar[dict[str, Any]] = {_READS: True}
+
+    def _open(self) -> Engine:
+        self._turn = threading.Lock()
+        engine = create_engine(
+            self.url, connect_args={"timeout": ANSWER, "check_same_thread": False}, max_overflow=20, pool_timeout=ANSWER
+        )
+
+        @event.listens_for(engine, "connect")
+        def set_up(connection: sqlite3.Connection, record: object) -> None:
+            connection.isolation_level = None  # we begin transactions, not the driver
+            # Readers and one writer do not wait for each other; what was committed survives a loss of power.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            # A transaction that read first could not write any more once another wrote.
+            only_reads = connection.get_execution_options().get(_READS)
+            connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
+
+        watch_handlers(engine)
+        return engine
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        # SQLite asks again and again after ever longer pauses; the threads of one process need not.
+        _ = self.engine
+        has_turn = self._turn.acquire(timeout=ANSWER)
+        try:
+            yield
+        finally:
+            if has_turn:
+                self._turn.release()
+
+    def lock(self, connection: Connection, ids: Iterable[str], keys: Iterable[Key]) -> int:
+        return self.micros()
+
+    def lock_tables(self, connection: Connection) -> None:
+        """Nothing to do: the transaction has the file."""
+
+    def listed(self, name: str, width: int) -> FromClause:
+        rows = func.json_each(bindparam(name)).table_valued("value", name=f"{name}_of")
+        columns = [
+            func.json_extract(rows.c.value, f"$[{place}]", type_=Name()).label(f"of{place}") for place in range(width)
+        ]
+        return select(*columns).select_from(rows).subquery(name)
+
+    def listing(self, name: str, rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+        return {name: json.dumps([[spell(value) for value in row] for row in rows])}
+
+    def free(self, connection: Connection, names: Sequence[Sequence[str]]) -> list[bool]:
+        return [True] * len(names)
+
+    def tokens(self, connection: Connection, tables: Tables, count: int, least: int) -> int:
+        meta = tables.meta
+        added = sqlite.insert(meta).values(name="token", value=least + count - 1)
+        taken = added.on_conflict_do_update(
+            index_elements=["name"], set_={"value": func.max(meta.c.value + count, added.excluded.value)}
+        )
+        return int(connection.execute(taken.returning(meta.c.value)).scalar_one()) - count + 1
+
+    def extras(self, tables: Tables) -> list[SchemaItem]:
+        return []
+
+    def is_away(self, error: DBAPIError) -> bool:
+        return bool(_PASSING.search(str(error.orig)))
+
+    def check(self, connection: Connection) -> list[tuple[str, bool, str, str]]:
+        version, mode = sqlite3.sqlite_version, connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+        is_new = sqlite3.sqlite_version_info >= (3, 35)
+        return [
+            ("storage version", is_new, f"SQLite {version}", "" if is_new else "use SQLite 3.35 or newer"),
+            (
+                "storage persistence",
+                mode == "wal",
+                f"journal_mode {mode}",
+                "" if mode == "wal" else "keep the file on a local disk: a network file system has no WAL",
+            ),
+        ]
