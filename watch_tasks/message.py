@@ -6,7 +6,7 @@ import uuid
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime
 from types import BuiltinMethodType
-from typing import Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from .errors import MessageError
 
@@ -93,6 +93,9 @@ class Message(Generic[T]):
     token: int | None = None
     #: While it is handled: names the message and the handler, the same over retries. Not on the wire.
     idempotency_key: str = ""
+    #: While a handler of a topic with `transactional=True` runs: the `sqlalchemy.Connection` in whose transaction its
+    #: message is recorded. Not on the wire.
+    connection: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -115,6 +118,7 @@ class Message(Generic[T]):
             deadline=None,
             token=None,
             idempotency_key="",
+            connection=None,
         )
 
 

@@ -12,33 +12,23 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import datetime, timedelta
-from typing import Any, Final, TypeVar
+from datetime import datetime
+from typing import Any, Final
 
 import msgspec
 
 from . import points
 from .company import Company
 from .errors import DeadLetterError, MessageError, SchemaError, StorageUnavailableError
-from .handlers import Interrupts, run_handler
+from .handlers import Interrupts
 from .message import Message, Once
-from .outcome import (
-    Busy,
-    Dead,
-    Discard,
-    Duplicate,
-    Fenced,
-    Handled,
-    Outcome,
-    Reason,
-    Retry,
-    Snooze,
-    Snoozed,
-)
+from .outcome import Busy, Dead, Duplicate, Fenced, Outcome, Reason, Retry
+from .patience import Patience
 from .record import DeadLetter
-from .storage.base import Storage, encode_letter
+from .runner import Runner
+from .storage.base import Storage
 from .storage.protocol import Commit, Granted, Refusal, Refused, Step
+from .storage.stored import encode_letter
 from .topics import WEEK, Topic
 from .work import Settlement, Work, error_text, shown
 
@@ -46,11 +36,6 @@ __all__ = ["Pipeline"]
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R")
-_Notes = list[tuple[str, bytes]]
-
-#: Seconds between two tries to reach a storage that is away: the first, doubled up to the last.
-_PAUSES: Final = (0.05, 2.0)
 #: Seconds after which a message of an unknown topic is looked at again, at most.
 _UNKNOWN_PAUSE: Final = 5.0
 #: Seconds that a last try waits at most for the others in its process, and until it is asked for again.
@@ -95,10 +80,8 @@ class Pipeline:
         self._lease = lease
         self._max_crashes = max_crashes
         self._unknown_grace = unknown_grace
-        self._stopping = stopping
-        self._pause = pause
-        self._interrupts = interrupts
-        self._kill_after = kill_after
+        self._patiently = Patience(stopping, pause)
+        self._runner = Runner(storage, worker, self._patiently, stopping, interrupts, kill_after)
         self._nonces = itertools.count()
         self._unknown: OrderedDict[str, float] = OrderedDict()
         self._company = Company()
@@ -153,38 +136,8 @@ class Pipeline:
         return [answered.get(id(work), work) for work in found]
 
     def run(self, work: Work) -> Settlement:
-        """Run the handlers that have not finished yet, and decide. Nothing is settled until `settle`."""
-        clock = time.monotonic()
-        timeout = work.topic.timeout
-        deadline = None if timeout is None else work.now() + timedelta(seconds=timeout)
-        left = [handler for handler in work.topic.handlers if handler.name not in work.progress.handled]
-        notes: _Notes = []
-        for number, handler in enumerate(left):
-            begun = time.monotonic()
-            seconds = None if timeout is None else max(timeout - (begun - clock), 0.0)
-            message = work.for_handler(handler.name, deadline)
-            points.reach("in_handler")
-            try:
-                run_handler(handler, message, seconds, interrupts=self._interrupts, kill_after=self._kill_after)
-            except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here
-                return self._failed(work, handler.name, exc, time.monotonic() - begun, notes)
-            except BaseException:
-                # Where nobody stops the worker, its handler brought this upon its process: that counts as a crash.
-                if self._stopping():
-                    self._give_back(work)
-                raise
-            points.reach("after_effect")
-            work.finished(handler.name)
-            notes.append(("handler", work.note(handler=handler.name, seconds=time.monotonic() - begun)))
-            if number + 1 < len(left):
-                cut_short = self._mark(work, notes)
-                if cut_short:
-                    return cut_short
-                notes.clear()
-        spent = time.monotonic() - clock
-        notes.append(("handled", work.note(retries=work.progress.retries, seconds=spent, worker=self.worker)))
-        commit = work.commit(Step.HANDLED, work.record(spent), notes)
-        return Settlement(commit, Handled(spent), work.carrier())
+        """Run the handlers that have not finished yet, and decide. Nothing counts until `settle`."""
+        return self._runner.run(work)
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         """Store what became of messages in one round trip; only then it counts.
@@ -192,15 +145,18 @@ class Pipeline:
         While the storage is away this waits. Asked to stop meanwhile, it returns outcomes by which the driver
         publishes copies that carry everything known.
         """
-        commits = [settlement.commit for settlement in settlements]
+        open = [settlement.commit for settlement in settlements if not settlement.is_stored]
         try:
-            accepted = self._patiently(lambda: self.storage.commit_many(commits))
+            accepted = iter(self._patiently(lambda: self.storage.commit_many(open)))
         except StorageUnavailableError:
-            return [settlement.unsettled() for settlement in settlements]
-        points.reach("after_commit")
+            return [
+                settlement.outcome if settlement.is_stored else settlement.unsettled() for settlement in settlements
+            ]
+        if open:
+            points.reach("after_commit")
         outcomes = []
-        for settlement, is_accepted in zip(settlements, accepted, strict=True):
-            outcomes.append(settlement.outcome if is_accepted else Fenced())
+        for settlement in settlements:
+            outcomes.append(settlement.outcome if settlement.is_stored or next(accepted) else Fenced())
             _log(settlement.commit, outcomes[-1])
         return outcomes
 
@@ -304,7 +260,7 @@ class Pipeline:
             if work.crashes < self._max_crashes:
                 return work
             error = DeadLetterError(f"its handler took the worker down {work.crashes} times")
-            return self.settle([self._dead(work, Reason.KILLED_WORKER, error)])[0]
+            return self.settle([self._runner.dead(work, Reason.KILLED_WORKER, error)])[0]
         match answer.why:
             case Refusal.BUSY:
                 return Busy(answer.seconds)
@@ -314,54 +270,6 @@ class Pipeline:
                 return self._bury_message(work.received, Reason.INDEX_CONFLICT, error)
             case _:
                 return Duplicate()
-
-    def _failed(self, work: Work, handler: str, error: Exception, seconds: float, notes: _Notes) -> Settlement:
-        if isinstance(error, Snooze):
-            notes.append(("snoozed", work.note(handler=handler, seconds=error.seconds)))
-            return self._later(work, Step.SNOOZED, error.seconds, Snoozed(error.seconds, work.carrier()), notes)
-        work.failed(handler, error, seconds)
-        if isinstance(error, Discard):
-            return self._dead(work, Reason.DISCARDED, error, handler, notes)
-        policy = work.topic.retry
-        delay = policy.decide(error, work.progress.retries, work.received.max_retries)
-        if delay is None:
-            reason = Reason.EXHAUSTED if policy.is_retryable(error) else Reason.FATAL
-            return self._dead(work, reason, error, handler, notes)
-        told = work.note(handler=handler, seconds=seconds, error=error_text(error), worker=self.worker)
-        notes.append(("retry", told))
-        work.retried()
-        return self._later(work, Step.RETRY, delay, Retry(delay, work.carrier(), error), notes)
-
-    def _later(self, work: Work, step: Step, delay: float, outcome: Retry | Snoozed, notes: _Notes) -> Settlement:
-        return Settlement(replace(work.commit(step, notes=notes), delay=delay), outcome, outcome.message)
-
-    def _dead(
-        self, work: Work, reason: Reason, error: Exception, handler: str | None = None, notes: _Notes | None = None
-    ) -> Settlement:
-        told = work.note(handler=handler, error=error_text(error), worker=self.worker)
-        commit = work.commit(Step.DEAD, work.letter(reason, error, handler), [*(notes or ()), ("dead", told)])
-        return Settlement(commit, Dead(reason, error), work.carrier())
-
-    def _mark(self, work: Work, notes: _Notes) -> Settlement | None:
-        """Store that a handler finished, before the next one starts; a Settlement means: do not go on."""
-        if work.token is None:
-            return None
-        commit = work.commit(Step.MARK, notes=notes)
-        try:
-            if self._patiently(lambda: self.storage.commit(commit)):
-                return None
-        except StorageUnavailableError:
-            return Settlement(replace(commit, step=Step.RELEASED), Busy(0.0), work.carrier())
-        # Taken over: settling it again is refused again, and ends as Fenced.
-        return Settlement(commit, Fenced())
-
-    def _give_back(self, work: Work) -> None:
-        """End a claim at no cost, because the process is being ended; if that fails its lease will end it."""
-        if work.token is not None:
-            try:
-                self.storage.commit(work.commit(Step.RELEASED))
-            except StorageUnavailableError as exc:
-                logger.warning("could not give message %s back: %s", work.received.id, exc)
 
     def _bury_message(self, message: Message[Any], reason: Reason, error: BaseException | str) -> Outcome:
         return self.bury(
@@ -378,23 +286,6 @@ class Pipeline:
             retries=message.retries,
             sent_at=message.sent_at,
         )
-
-    def _patiently(self, call: Callable[[], R]) -> R:
-        """Call until the storage answers.
-
-        Raises:
-            StorageUnavailableError: it does not, and the worker is asked to stop.
-        """
-        pause, longest = _PAUSES
-        while True:
-            try:
-                return call()
-            except StorageUnavailableError as exc:
-                if self._stopping():
-                    raise
-                logger.warning("the storage is away, trying again in %.2g s: %s", pause, exc)
-                self._pause(pause)
-                pause = min(pause * 2, longest)
 
 
 def _log(commit: Commit, outcome: Outcome) -> None:

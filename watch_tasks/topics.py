@@ -119,6 +119,7 @@ class Topic(Generic[T]):
         keep_data: bool = True,
         retention: float | None = WEEK,
         max_waiting: int | None = None,
+        transactional: bool = False,
     ) -> None:
         self.name = check_topic(name)
         self.schema = schema_of(schema)
@@ -127,7 +128,10 @@ class Topic(Generic[T]):
         self.timeout = _positive("timeout", timeout)
         if once not in ("message", "index", "none"):
             raise ValueError(f'topic `{name}`: `once` must be "message", "index" or "none", got {once!r}')
+        if transactional and once == "none":
+            raise ValueError(f'topic `{name}`: `transactional` needs a claim, which `once="none"` does without')
         self.once: Once = once
+        self.transactional = transactional
         self.queue = queue
         self.keep_data = keep_data
         if retention is not None and not DAY <= retention < float("inf"):
@@ -201,6 +205,7 @@ class Topic(Generic[T]):
         Raises:
             MessageError: the index or another value is out of its range.
         """
+        self.check_once(once or (data.once if isinstance(data, Message) else None))
         if not isinstance(data, Message):
             named = check_index(index) if index is not None else self.index_of(data) or ""
             return Message(data, self.name, index=named, max_retries=max_retries, once=once)
@@ -287,6 +292,15 @@ class Topic(Generic[T]):
                 note(message, Verdict.SENT)
         return SendReport(**{verdict.value: count for verdict, count in counts.items()})
 
+    def check_once(self, once: Once | None) -> None:
+        """See that a message's own once-rule suits the topic.
+
+        Raises:
+            MessageError: it does not.
+        """
+        if self.transactional and once == "none":
+            raise MessageError(f'topic `{self.name}` is transactional: a message of it cannot have `once="none"`')
+
     def index_of(self, data: T) -> str | None:
         """Return what the data says as an Indexer, else what the topic's `index=` says of it, else None.
 
@@ -341,6 +355,7 @@ def topic(
     keep_data: bool = True,
     retention: float | None = WEEK,
     max_waiting: int | None = None,
+    transactional: bool = False,
 ) -> Topic[T]:
     """Define a topic and register it: under every Celery app it becomes the task `watch.<name>`.
 
@@ -359,6 +374,9 @@ def topic(
         max_waiting: how many messages may wait in the queue when one is sent; beyond that, a send waits for room, and
             then raises QueueFullError. Holds back senders of this package only, and never retries; about as exact as
             senders are few. None: no bound.
+        transactional: whether each handler has a transaction of the storage, in `message.connection`: what it writes
+            by that is committed together with the record that its message was handled, so it happens once whatever
+            crashes. Needs a SQL storage.
 
     Raises:
         TopicError: the name is no name of a topic, or another module uses it.
@@ -376,6 +394,7 @@ def topic(
         keep_data=keep_data,
         retention=retention,
         max_waiting=max_waiting,
+        transactional=transactional,
     )
     caller = inspect.currentframe()
     module = caller.f_back.f_globals.get("__name__", "?") if caller and caller.f_back else "?"

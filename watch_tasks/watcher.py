@@ -194,9 +194,13 @@ class Watcher:
 
         Raises:
             RuntimeError: it was stopped.
+            ConfigurationError: a topic needs what the storage cannot do.
         """
         if self._stopping.is_set():
             raise RuntimeError("a Watcher that was stopped cannot start again: make a new one")
+        complaints = self.storage.misfits(self.handler)
+        if complaints:
+            raise ConfigurationError(*complaints)
         if self._thread is None:
             self._bind()
             self._leases.start()

@@ -15,8 +15,8 @@ from .message import Message, Once
 from .outcome import Busy, Outcome, Reason, Retry, Snoozed
 from .record import Attempt, DeadLetter, Record
 from .schema import dump
-from .storage.base import encode_letter, encode_record
 from .storage.protocol import Claim, Commit, Granted, Step
+from .storage.stored import encode_letter, encode_record
 from .topics import Topic
 
 __all__ = ["Progress", "Settlement", "Work", "digest_of", "error_text", "shown"]
@@ -71,8 +71,9 @@ class Work:
 
         Raises:
             SchemaError: its data does not fit, or has no JSON form.
-            MessageError: its index cannot be found.
+            MessageError: its index cannot be found, or its once-rule does not suit the topic.
         """
+        topic.check_once(message.once)
         plain = dump(message.data)
         data = topic.decode(message.data)
         if message.index == message.id:  # nobody named it
@@ -119,7 +120,7 @@ class Work:
         self.received = replace(self.received, copy=granted.copy)
         self.progress = self.progress.join(granted.progress)
 
-    def for_handler(self, name: str, deadline: datetime | None) -> Message[Any]:
+    def for_handler(self, name: str, deadline: datetime | None, connection: Any = None) -> Message[Any]:
         """Return the message as a handler gets it."""
         return replace(
             self.received,
@@ -129,6 +130,7 @@ class Work:
             deadline=deadline,
             token=self.token,
             idempotency_key=f"{self.received.id}:{name}",
+            connection=connection,
         )
 
     def finished(self, handler: str) -> None:
@@ -221,9 +223,13 @@ class Settlement:
     outcome: Outcome
     #: The copy that carries everything known, for a worker that must stop while the storage is away.
     carrier: Message[Any] | None = None
+    #: Whether the commit needs storing no more: a transaction did it.
+    is_stored: bool = False
 
     def unsettled(self) -> Outcome:
         """Return what a driver does where this could not be stored before it must stop."""
+        if self.is_stored:
+            return self.outcome
         if self.carrier is None:
             return Busy(0.0)
         if isinstance(self.outcome, Retry):

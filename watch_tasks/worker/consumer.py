@@ -232,6 +232,7 @@ def _check(app: Any, pool: Any, runtime: Any) -> None:
         ]
         try:
             is_shared = runtime.storage.is_shared
+            complaints += runtime.storage.misfits(registry)
         except ConfigurationError as exc:
             complaints += [f"setting `watch_storage_backend`: {complaint}" for complaint in exc.complaints]
             is_shared = True
