@@ -112,6 +112,10 @@ class Backend(ABC):
         """Return the first of so many new tokens, each at least `least`."""
 
     @abstractmethod
+    def last_token(self, tables: Tables) -> ColumnElement[int]:
+        """Return what stands for the newest token within a statement."""
+
+    @abstractmethod
     def extras(self, tables: Tables) -> list[SchemaItem]:
         """Return what there is to create beside the tables."""
 

@@ -19,6 +19,7 @@ from sqlalchemy import (
     create_engine,
     func,
     literal_column,
+    select,
     text,
 )
 from sqlalchemy import Sequence as NumberSequence
@@ -46,10 +47,10 @@ _KEEPALIVES: Final[dict[str, Any]] = {
 }
 _NOTICED: Final = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 
-_NOW: Final = "CAST(floor(extract(epoch FROM clock_timestamp()) * 1000000) AS bigint)"
+_NOW: Final = "CAST(floor(extract(epoch FROM {}) * 1000000) AS bigint)"
 #: In one order everywhere, so that nobody waits in a circle; the time is told when all are held.
 _LOCK: Final = text(
-    f"SELECT count(locked), {_NOW} "  # noqa: S608 - a constant
+    f"SELECT count(locked), {_NOW.format('clock_timestamp()')} "  # noqa: S608 - a constant
     "FROM (SELECT pg_advisory_xact_lock(name) AS locked FROM unnest(:names) AS name) AS held"
 ).bindparams(bindparam("names", type_=postgresql.ARRAY(BigInteger())))
 
@@ -113,7 +114,9 @@ class Postgres(Backend):
         connection.execute(_LOCK, {"names": [_number("making", "its", "tables")]})
 
     def now(self) -> ColumnElement[int]:
-        return literal_column(_NOW, BigInteger()) if self.clock is None else super().now()
+        # Of the statement: the planner uses no index to compare with what changes while it runs.
+        now = literal_column(_NOW.format("statement_timestamp()"), BigInteger())
+        return now if self.clock is None else super().now()
 
     def timing(self) -> dict[str, int]:
         return {} if self.clock is None else super().timing()
@@ -133,6 +136,10 @@ class Postgres(Backend):
     def tokens(self, connection: Connection, tables: Tables, count: int, least: int) -> int:
         asked = {"name": f"{tables.prefix}token", "least": least, "more": count - 1}
         return int(connection.execute(_TOKENS, asked).scalar_one()) - count + 1
+
+    def last_token(self, tables: Tables) -> ColumnElement[int]:
+        sequence = literal_column("last_value", BigInteger())
+        return select(sequence).select_from(text(f"{tables.prefix}token")).scalar_subquery()
 
     def extras(self, tables: Tables) -> list[SchemaItem]:
         return [NumberSequence(f"{tables.prefix}token")]

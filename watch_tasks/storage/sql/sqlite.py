@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine, FromClause, bindparam, create_engine,
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import SchemaItem
+from sqlalchemy.sql import ColumnElement
 
 from ..kept import Key
 from .backend import ANSWER, Backend
@@ -96,6 +97,9 @@ class Sqlite(Backend):
             index_elements=["name"], set_={"value": func.max(meta.c.value + count, added.excluded.value)}
         )
         return int(connection.execute(taken.returning(meta.c.value)).scalar_one()) - count + 1
+
+    def last_token(self, tables: Tables) -> ColumnElement[int]:
+        return select(tables.meta.c.value).where(tables.meta.c.name == "token").scalar_subquery()
 
     def extras(self, tables: Tables) -> list[SchemaItem]:
         return []

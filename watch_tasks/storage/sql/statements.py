@@ -108,9 +108,8 @@ class Statements:
         self.get = select(records).where(
             records.c.topic == bindparam("of"), records.c.index == bindparam("named"), is_there
         )
-        self.newest = select(func.max(records.c.at), func.max(records.c.token)).where(
-            records.c.topic == bindparam("of")
-        )
+        newest = select(records.c.at).where(records.c.topic == bindparam("of")).order_by(records.c.at.desc()).limit(1)
+        self.newest = select(newest.scalar_subquery().label("at"), backend.last_token(tables).label("token"))
         self._page = (
             select(records)
             .where(

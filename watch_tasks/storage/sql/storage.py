@@ -156,8 +156,8 @@ class SqlStorage(Storage):
     def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[StoredRecord]:
         # What is written meanwhile is left out: by its token where it was claimed after the start, else by its time.
         (newest,) = self._fetch(self._statements.newest, {"of": topic})
-        end, token = newest.values()
-        bounds = {"of": topic, "since": 0 if since is None else micros(since), "until": end, "newest": token}
+        end = newest["at"]
+        bounds = {"of": topic, "since": 0 if since is None else micros(since), "until": end, "newest": newest["token"]}
         after = None
         while end is not None:
             page = self._fetch(self._statements.page(newest_first, after), bounds)
