@@ -5,7 +5,9 @@ from __future__ import annotations
 import bz2
 import gc
 import json
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,7 +26,7 @@ from watch_tasks.queue.item import NO_ENVELOPE
 from watch_tasks.transport import install
 from watch_tasks.transport.redis import SentinelTransport, Transport
 
-from ..servers import RedisServer
+from ..servers import RedisServer, free_port
 from ..workers import until
 
 pytestmark = pytest.mark.integration
@@ -415,6 +417,42 @@ class TestServers:
                 message.ack()
         finally:
             server.stop()
+
+    def test_tls_works_and_certificates_are_checked(self, tmp_path: Path, redis_server: RedisServer) -> None:
+        """Valkey's wheel has no TLS, Debian's Redis has."""
+        port = free_port()
+        _make_certificate(tmp_path)
+        tls = {"cert-file": "cert.pem", "key-file": "key.pem", "ca-cert-file": "cert.pem"}
+        config = {"tls-port": str(port), "tls-auth-clients": "no"}
+        config |= {f"tls-{name}": str(tmp_path / file) for name, file in tls.items()}
+        server = RedisServer(tmp_path / "own", redis_server.binary, **config).start()
+        address = f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=CERT_REQUIRED"
+        try:
+            trusting = f"{address}&ssl_ca_certs={tmp_path / 'cert.pem'}"
+            with kombu.Connection(trusting, transport=Transport) as connection:
+                send(connection, *range(20))
+                reader = Reader(connection)
+                for message in reader.take(20):
+                    message.ack()
+                until(lambda: in_hand(server) == 0, "the acks went through")
+            at_once = {"max_retries": 1, "interval_start": 0}
+            with (
+                kombu.Connection(address, transport=Transport, transport_options=at_once) as connection,
+                pytest.raises(kombu.exceptions.OperationalError, match="CERTIFICATE_VERIFY_FAILED"),
+            ):
+                send(connection, 1)
+        finally:
+            server.stop()
+
+
+def _make_certificate(folder: Path) -> None:
+    """Make `cert.pem`, which nobody signed, and its `key.pem`, for this machine."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine")
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    made = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *made, *names]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 class TestInstall:
