@@ -111,7 +111,12 @@ class Pipeline:
             settled = dict(zip(settlements, self.settle(list(settlements.values())), strict=True))
         for number in last:
             settled[number] = self._handle_alone(messages[number])
-        return [work if isinstance(work, Outcome) else settled[number] for number, work in enumerate(begun)]
+        try:
+            return [work if isinstance(work, Outcome) else settled[number] for number, work in enumerate(begun)]
+        finally:
+            # A handler's error leads to its frames, and those lead here: what leads back would keep all that the
+            # handler had in hand, memory and open files, until the collector finds the ring.
+            del settlements, settled
 
     def _handle_alone(self, message: Message[Any]) -> Outcome:
         if not self._company.enter_alone(_ALONE):

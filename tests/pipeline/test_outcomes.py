@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +34,30 @@ from .driver import Function, done, fails, raising, to_the_end
 class Alarm:
     host: str
     level: int = 1
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Nothing is freed but what nothing refers to."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_what_a_failed_handler_held_is_let_go_of(pipe: Callable[..., Pipeline], max_retries: int) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    def fails_with_much(message: Message[Any]) -> None:
+        much = Alarm("web-1")
+        held.append(weakref.ref(much))
+        raise ValueError("no luck")
+
+    pipe(fails_with_much, retry=RetryPolicy(max_retries=max_retries)).handle(Message(1, "t"))
+
+    assert [much() for much in held] == [None]
 
 
 class TestHandled:
