@@ -94,7 +94,7 @@ class Runner:
             if ended:
                 return ended
         # Every handler had finished before.
-        return Settlement(self._handled(delivery), Handled(delivery.spent()), work.carrier())
+        return Settlement(self._handled(delivery), Handled(delivery.spent()), work.carrier)
 
     def dead(
         self, work: Work, reason: Reason, error: Exception, handler: str | None = None, notes: _Notes | None = None
@@ -102,14 +102,14 @@ class Runner:
         """Decide that a message will not be tried again by itself."""
         told = work.note(handler=handler, error=error_text(error), worker=self._worker)
         commit = work.commit(Step.DEAD, work.letter(reason, error, handler), [*(notes or ()), ("dead", told)])
-        return Settlement(commit, Dead(reason, error), work.carrier())
+        return Settlement(commit, Dead(reason, error), work.carrier)
 
     # -- one handler
 
     def _run_plain(self, delivery: _Delivery, handler: Handler, is_last: bool) -> Settlement | None:
         self._call(delivery, handler)
         if is_last:
-            return Settlement(self._handled(delivery), Handled(delivery.spent()), delivery.work.carrier())
+            return Settlement(self._handled(delivery), Handled(delivery.spent()), delivery.work.carrier)
         return self._mark(delivery)
 
     def _call(self, delivery: _Delivery, handler: Handler, connection: Any = None) -> None:
@@ -137,7 +137,7 @@ class Runner:
         try:
             is_accepted = self._patiently(lambda: self._storage.commit(commit))
         except StorageUnavailableError:
-            return Settlement(replace(commit, step=Step.RELEASED), Busy(0.0), work.carrier())
+            return Settlement(replace(commit, step=Step.RELEASED), Busy(0.0), work.carrier)
         delivery.notes.clear()
         # Taken over: settling it again is refused again, and ends as Fenced.
         return None if is_accepted else Settlement(commit, Fenced())
@@ -162,7 +162,7 @@ class Runner:
             raise
         if settled is None or commit is None:
             work.progress = before
-            return Settlement(work.commit(Step.RELEASED, notes=notes), Busy(0.0), work.carrier())
+            return Settlement(work.commit(Step.RELEASED, notes=notes), Busy(0.0), work.carrier)
         if settled is Settled.REFUSED:
             # Settling it again is refused again, tells of it, and ends as Fenced.
             return Settlement(commit, Fenced())
@@ -200,7 +200,7 @@ class Runner:
         return self._later(work, Step.RETRY, delay, Retry(delay, work.carrier(), error), notes)
 
     def _later(self, work: Work, step: Step, delay: float, outcome: Retry | Snoozed, notes: _Notes) -> Settlement:
-        return Settlement(replace(work.commit(step, notes=notes), delay=delay), outcome, outcome.message)
+        return Settlement(replace(work.commit(step, notes=notes), delay=delay), outcome, lambda: outcome.message)
 
     def _give_back(self, work: Work) -> None:
         """End a claim at no cost, because the process is being ended; if that fails its lease will end it."""

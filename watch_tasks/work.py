@@ -117,7 +117,8 @@ class Work:
         """Take what the storage granted."""
         self.token, self.crashes, self.claimed_at = granted.token, granted.crashes, granted.now
         self.started = time.monotonic()
-        self.received = replace(self.received, copy=granted.copy)
+        if granted.copy != self.received.copy:
+            self.received = replace(self.received, copy=granted.copy)
         self.progress = self.progress.join(granted.progress)
 
     def for_handler(self, name: str, deadline: datetime | None, connection: Any = None) -> Message[Any]:
@@ -221,8 +222,8 @@ class Settlement:
 
     commit: Commit
     outcome: Outcome
-    #: The copy that carries everything known, for a worker that must stop while the storage is away.
-    carrier: Message[Any] | None = None
+    #: What makes the copy that carries everything known, for a worker that must stop while the storage is away.
+    carrier: Callable[[], Message[Any]] | None = None
     #: Whether the commit needs storing no more: a transaction did it.
     is_stored: bool = False
 
@@ -234,7 +235,7 @@ class Settlement:
             return Busy(0.0)
         if isinstance(self.outcome, Retry):
             return self.outcome
-        return Snoozed(0.0, self.carrier)
+        return Snoozed(0.0, self.carrier())
 
 
 def digest_of(plain: bytes) -> str:
