@@ -56,6 +56,11 @@ class Worker:
     def children(self) -> list[int]:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
+    def memory(self, *, peak: bool = False) -> float:
+        """Return the resident MiB of the main process, now or at their most."""
+        name = "VmHWM:" if peak else "VmRSS:"
+        return int(Path(f"/proc/{self.pid}/status").read_text().split(name)[1].split()[0]) / 1024
+
     def signal(self, number: int, *, children: bool = False) -> None:
         for pid in [*(self.children() if children else []), self.pid]:
             os.kill(pid, number)

@@ -157,12 +157,21 @@ class StockPlace(Place):
 
     app = "stock_app"
 
+    #: What its module begins with.
+    prelude = ""
+
     def __init__(self, folder: Path, url: str) -> None:
         super().__init__(folder, url)
-        (folder / "stock_app.py").write_text(STOCK)
+        (folder / "stock_app.py").write_text(self.prelude + STOCK)
 
     def handled_ids(self) -> Counter[str]:
         return Counter(dict.fromkeys({line["id"] for line in self.lines()}, 1))
+
+
+class TransportPlace(StockPlace):
+    """The same with our transport, and nothing else of this package."""
+
+    prelude = "from watch_tasks.transport import install\ninstall()\n"
 
 
 class Producer:

@@ -93,6 +93,80 @@ def frozen_when_idle(folder: Path, rounds: int, kind: MakePlace = Place, width: 
         return here.finish(in_flight=1)
 
 
+def frozen_when_busy(folder: Path, pool: str, kind: MakePlace = Place) -> Tally:
+    """F3: a busy worker is frozen for three leases and wakes when another has its message, which is killed then."""
+    with world(folder, kind) as here:
+        first = here.place.spawn(pool=pool, concurrency=1)
+        here.ready(first)
+        id = here.producer.send(20.0)
+        until(lambda: id in here.begun(), "it runs")
+        first.signal(signal.SIGSTOP, children=True)
+        frozen = time.monotonic()
+        second = here.place.spawn(pool=pool, concurrency=1)
+        until(lambda: len(here.begun()[id]) == 2, "another took over", 30, here.place.report)
+        pass_time(18 - (time.monotonic() - frozen))
+        first.signal(signal.SIGCONT, children=True)
+
+        def is_refused() -> bool:
+            story = here.place.storage.explain("job", here.producer.intents[id])
+            return any(event.event == "fenced" and (event.worker or "").startswith("w1@") for event in story)
+
+        until(is_refused, "the first one's commit is refused", 20, here.place.report)
+        pass_time(1)
+        held = waiting(here)
+        assert sum(held.values()) == 1, held
+        second.kill()
+        here.tally.kills["frozen"] += 1
+        here.tally.kills["group"] += 1
+        return here.finish(90, in_flight=1)
+
+
+@dataclass
+class LateAck:
+    """What was left at the broker after a late ack, and how often the message was begun in the end."""
+
+    left: int
+    runs: int
+
+
+def late_ack(folder: Path, kind: MakePlace) -> LateAck:
+    """F3 without claims: a frozen worker wakes when another has its message, and acks; then the other is killed."""
+    with world(folder, kind) as here:
+        first = here.place.spawn(concurrency=1)
+        here.ready(first)
+        id = here.producer.send(10.0)
+        until(lambda: id in here.begun(), "it runs")
+        first.signal(signal.SIGSTOP, children=True)
+        second = here.place.spawn(concurrency=1)
+        until(lambda: len(here.begun()[id]) == 2, "another took over", 30, second.text)
+        first.signal(signal.SIGCONT, children=True)
+        until(lambda: "succeeded in" in first.text(), "the first one is done", 20, first.text)
+        pass_time(1)
+        left = sum(waiting(here).values())
+        second.kill()
+        here.ready(here.place.spawn(concurrency=1))
+        until(lambda: not waiting(here), "nothing is left", 60)
+        return LateAck(left, len(here.begun()[id]))
+
+
+def frozen_server(folder: Path, kind: MakePlace = Place, seconds: float = 20.0) -> Tally:
+    """The server stands still under load, for longer than any lease, and goes on."""
+    with world(folder, kind) as here:
+        workers = [here.place.spawn(pool=pool, concurrency=4) for pool in ("prefork", "threads", "prefork")]
+        here.ready(*workers)
+        longs = [here.producer.send(30.0) for _ in range(6)]
+        until(lambda: all(id in here.begun() for id in longs), "they run")
+        with here.producer.flowing(here.server, 0.02, lambda: 0.01):
+            pass_time(2)
+            here.server.signal(signal.SIGSTOP)
+            pass_time(seconds)
+            here.server.signal(signal.SIGCONT)
+            pass_time(10)
+        tally = here.finish(60)
+        tally.complaints += [f"{worker.log.name} ended by itself" for worker in workers if worker.process.poll() != -9]
+        return tally
+
+
 @dataclass
 class Recovery:
     """How long it took until a killed worker's messages ran elsewhere."""

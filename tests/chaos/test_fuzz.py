@@ -20,7 +20,7 @@ from uuid import UUID
 import pytest
 
 from ..servers import RedisServer
-from ..workers import Site, Worker, until
+from ..workers import Site, until
 
 pytestmark = pytest.mark.worker
 
@@ -103,12 +103,6 @@ def identity(item: bytes) -> int:
     return hash(f"{headers}{payload.get('body')}")
 
 
-def memory(worker: Worker) -> float:
-    """Return the resident MiB of a worker's main process."""
-    fields = Path(f"/proc/{worker.pid}/status").read_text().split("VmRSS:")[1].split()
-    return int(fields[0]) / 1024
-
-
 def run_mutants(site: Site, server: RedisServer, count: int, seed: int) -> tuple[int, dict[str, int]]:
     """Return how many different items were pushed, and what became of them."""
     print(f"seed={seed}")
@@ -162,27 +156,59 @@ def test_many_mutants(fuzzed: Site, valkey: RedisServer) -> None:
     check(fuzzed, *run_mutants(fuzzed, valkey, count, seed))
 
 
-def test_bombs_cost_no_memory(fuzzed: Site, valkey: RedisServer) -> None:
-    base = json.loads(base_item(fuzzed, valkey))
+def bombs(site: Site, server: RedisServer, rounds: int) -> list[str]:
+    """Return messages of a few kilobytes at most, whose bodies are 300 MB when they are inflated."""
+    base = json.loads(base_item(site, server))
     zeros = b"0" * 300_000_000
-    bombs = {"application/x-bz2": bz2.compress(zeros), "application/x-gzip": zlib.compress(zeros)}
-    del zeros
+    bodies = {"application/x-bz2": bz2.compress(zeros), "application/x-gzip": zlib.compress(zeros)}
+    return [
+        json.dumps(
+            {
+                **base,
+                "headers": {**base["headers"], "id": f"{kind}-{number}", "compression": kind},
+                "body": base64.b64encode(body).decode(),
+            }
+        )
+        for number in range(rounds)
+        for kind, body in bodies.items()
+    ]
+
+
+def test_bombs_cost_no_memory(fuzzed: Site, valkey: RedisServer) -> None:
+    items = bombs(fuzzed, valkey, 10)
     worker = fuzzed.worker(concurrency=1)
     fuzzed.send("probe", 1, index="before")
     fuzzed.until_handled(1)
-    before = memory(worker)
+    before = worker.memory(peak=True)
     with valkey.client() as client:
-        for number in range(10):
-            for kind, body in bombs.items():
-                headers = {**base["headers"], "id": f"{kind}-{number}", "compression": kind}
-                client.lpush(
-                    "celery", json.dumps({**base, "headers": headers, "body": base64.b64encode(body).decode()})
-                )
+        client.lpush("celery", *items)
     fuzzed.until_dead(20, 60)
     assert {letter.reason.value for letter in fuzzed.dead()} == {"too_large"}
-    growth = memory(worker) - before
-    print(f"resident memory grew by {growth:.1f} MiB")
+    growth = worker.memory(peak=True) - before
+    print(f"resident memory grew by {growth:.1f} MiB at most")
     assert growth < 32
+
+
+#: Takes the cap of sizes away.
+UNCAPPED = """
+from watch_tasks.transport import redis as transport
+from watch_tasks.worker import consumer
+transport.bound_decoders = consumer.bound_decoders = lambda most, firmly=True: None
+"""
+
+
+@pytest.mark.chaos
+def test_without_the_cap_a_bomb_takes_memory(tmp_path: Path, own_valkey: RedisServer) -> None:
+    site = Site(tmp_path / "site", own_valkey.url, UNCAPPED + TOPICS)
+    try:
+        items = bombs(site, own_valkey, 1)
+        worker = site.worker(concurrency=1)
+        before = worker.memory(peak=True)
+        with own_valkey.client() as client:
+            client.lpush("celery", items[0])
+        until(lambda: worker.memory(peak=True) - before > 200, "it grows", 30, worker.text)
+    finally:
+        site.close()
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,14 @@ import pytest
 from watch_tasks import points
 
 from ..workers import until
-from .harness import TOPICS, Place, StockPlace, Tally, pass_time, percentile, seed_of_run
+from .harness import StockPlace, Tally, TransportPlace, pass_time, percentile, seed_of_run
 from .scenarios import (
-    MakePlace,
+    frozen_server,
+    frozen_when_busy,
     frozen_when_idle,
     has_faketime,
     kills,
+    late_ack,
     recovery,
     server_ahead,
     server_kills,
@@ -104,106 +104,25 @@ class TestKilledWorkers:
         assert found.tally.extra_runs == 0
 
 
-#: A protection → how a worker's module of topics takes it away.
-SPOILT = {
-    "late ack": """
-from watch_tasks.worker.task import TopicTask
-TopicTask.acks_late = False
-""",
-    "atomic move": """
-import hashlib, re
-from watch_tasks.queue import flight
-script = flight._fetch
-script.text = re.sub(r"redis.call\\('HSET', HELD.*", "", script.text)
-script.digest = hashlib.sha1(script.text.encode()).hexdigest()
-""",
-    "renewal": """
-from watch_tasks.leases import LeaseKeeper
-from watch_tasks.queue import flight
-LeaseKeeper.hold = lambda self, id: None
-LeaseKeeper.drop = lambda self, id: None
-begin = flight.Flight.__init__
-flight.Flight.__init__ = lambda self, *args, **options: begin(self, *args, **{**options, "every": 1e9})
-""",
-}
-
-
-def spoilt(protection: str) -> MakePlace:
-    return partial(Place, topics=SPOILT[protection] + TOPICS)
-
-
-class TestTheHarness:
-    """Without a protection it goes red."""
-
-    @pytest.mark.parametrize("protection", ["late ack", "atomic move"])
-    def test_it_sees_what_is_lost(self, tmp_path: Path, protection: str) -> None:
-        seed = seed_of_run()
-        tally = kills(tmp_path, str(seed), 30, "prefork", spoilt(protection))
-        print(f"without {protection}, seed={seed}: {tally}")
-        assert tally.lost
-
-    def test_it_sees_what_runs_twice(self, tmp_path: Path) -> None:
-        with world(tmp_path, spoilt("renewal")) as here:
-            here.ready(here.place.spawn(concurrency=4), here.place.spawn(pool="threads", concurrency=4))
-            for _ in range(4):
-                here.producer.send(8.0)
-            tally = here.finish()
-        print(f"without renewal: {tally}")
-        assert tally.extra_runs > 0
-        assert tally.complaints
-
-
 class TestFrozen:
     @pytest.mark.parametrize("pool", ["prefork", "threads"])
     def test_a_worker_frozen_for_three_leases_takes_nothing_from_the_next(self, tmp_path: Path, pool: str) -> None:
-        with world(tmp_path) as here:
-            first = here.place.spawn(pool=pool, concurrency=1)
-            here.ready(first)
-            id = here.producer.send(20.0)
-            until(lambda: id in here.begun(), "it runs")
-            first.signal(signal.SIGSTOP, children=True)
-            frozen = time.monotonic()
-            second = here.place.spawn(pool=pool, concurrency=1)
-            until(lambda: len(here.begun()[id]) == 2, "another took over", 30, here.place.report)
-            pass_time(18 - (time.monotonic() - frozen))
-            first.signal(signal.SIGCONT, children=True)
-
-            index = here.producer.intents[id]
-            until(
-                lambda: any(event.event == "fenced" for event in here.place.storage.explain("job", index)),
-                "the first one's commit is refused",
-                20,
-                here.place.report,
-            )
-            pass_time(1)
-            held = waiting(here)
-            assert sum(held.values()) == 1, held
-            second.kill()
-            here.tally.kills["frozen"] += 1
-            here.tally.kills["group"] += 1
-
-            tally = here.finish(90, in_flight=1)
+        tally = frozen_when_busy(tmp_path, pool)
         print(f"F3 {pool}: {tally}")
         assert not tally.complaints, tally.complaints
         assert (tally.handled, tally.runs, tally.fenced) == (1, 3, 1)
 
+    def test_a_late_ack_takes_nothing_from_the_next_with_the_transport_alone(self, tmp_path: Path) -> None:
+        found = late_ack(tmp_path, TransportPlace)
+        print(f"F3 with the transport alone: {found.left} left after the late ack, {found.runs} runs")
+        assert found.left == 1
+        assert found.runs == 3
+
     def test_a_server_that_stands_still_for_20_s_starts_nothing_twice(self, tmp_path: Path) -> None:
-        with world(tmp_path) as here:
-            workers = [here.place.spawn(pool=pool, concurrency=4) for pool in ("prefork", "threads", "prefork")]
-            here.ready(*workers)
-            longs = [here.producer.send(30.0) for _ in range(6)]
-            until(lambda: all(id in here.begun() for id in longs), "they run")
-            with here.producer.flowing(here.server, 0.02, lambda: 0.01):
-                pass_time(2)
-                here.server.signal(signal.SIGSTOP)
-                pass_time(20)
-                here.server.signal(signal.SIGCONT)
-                pass_time(10)
-            tally = here.finish(60)
-            assert all(worker.process.returncode == -9 for worker in workers), "one ended by itself"
+        tally = frozen_server(tmp_path)
         print(f"server frozen for 20 s: {tally}")
         assert not tally.complaints, tally.complaints
-        assert tally.extra_runs == 0
+        assert (tally.extra_runs, tally.duplicates_skipped) == (0, 0)
 
     def test_kills_of_the_server_lose_nothing(self, tmp_path: Path) -> None:
         seed = seed_of_run()
