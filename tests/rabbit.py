@@ -65,6 +65,10 @@ class RabbitServer:
             time.sleep(0.1)
         return self
 
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
     def stop(self, number: int = SIGTERM) -> None:
         """End it (SIGKILL: at once) and wait for that. Its data stays for the next `start`."""
         for process, how in ((self.process, number), (self._epmd, SIGKILL)):

@@ -22,7 +22,7 @@ from watch_tasks.worker import install, outlet_of
 from ..servers import RedisServer
 from ..workers import until
 from .harness import QUEUE, Place, Producer, Tally, check, leftovers, pass_time, percentile, seed_of_run, settle
-from .proxy import Proxy
+from .proxy import FAULTS, Proxy, inflict
 
 pytestmark = [pytest.mark.chaos, pytest.mark.worker, pytest.mark.timeout(3600)]
 
@@ -30,43 +30,6 @@ pytestmark = [pytest.mark.chaos, pytest.mark.worker, pytest.mark.timeout(3600)]
 #: nobody is told.
 RECOVERED = 10.0
 NOTICED = 20.0
-
-#: What is done to the workers' connections, and for how many seconds: from, to.
-FAULTS = {
-    "cut": (1.0, 8.0),
-    "cut for long": (20.0, 20.0),
-    "stall up": (1.0, 8.0),
-    "stall down": (1.0, 8.0),
-    "refuse": (0.5, 5.0),
-    "reset": (0.0, 0.0),
-    "forget": (0.0, 0.0),
-    "tear a reply": (1.0, 1.0),
-    "swallow a fetch": (1.0, 1.0),
-    "latency": (3.0, 5.0),
-    "throttle": (3.0, 5.0),
-}
-
-
-def inflict(proxy: Proxy, fault: str) -> None:
-    match fault:
-        case "cut" | "cut for long":
-            proxy.cut()
-        case "stall up" | "stall down":
-            proxy.stall(fault.split()[1])
-        case "refuse":
-            proxy.refuse()
-        case "reset":
-            proxy.reset_all()
-        case "forget":
-            proxy.forget_all()
-        case "tear a reply":
-            proxy.tear_reply()
-        case "swallow a fetch":
-            proxy.swallow_replies(b"EVALSHA")
-        case "latency":
-            proxy.delay(0.2, 0.1)
-        case "throttle":
-            proxy.throttle(64_000)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])

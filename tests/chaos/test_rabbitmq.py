@@ -20,6 +20,8 @@ from watch_tasks.queue.amqp import DEAD_LETTERS
 from ..rabbit import RabbitServer, find_rabbit
 from ..servers import RedisServer
 from ..workers import Site, until
+from .harness import pass_time, percentile, seed_of_run
+from .proxy import FAULTS, Proxy, inflict
 
 pytestmark = [pytest.mark.chaos, pytest.mark.worker]
 
@@ -138,3 +140,64 @@ def test_a_delay_of_90_s_is_handled_once_and_on_time(site: Site) -> None:
 
     assert site.calls("index") == {"late": 1}
     assert site.lines()[0]["at"] - started >= 90
+
+
+#: Seconds from the end of a fault until messages are handled again, and from the death of a connection of which nobody
+#: is told. Celery waits up to 6 s between two tries to connect.
+RECOVERED = 15.0
+NOTICED = 20.0 + RECOVERED
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_bad_network_between_workers_and_the_server(
+    tmp_path: Path, rabbit: RabbitServer, valkey: RedisServer, pool: str
+) -> None:
+    """F7."""
+    seed = seed_of_run()
+    chance = random.Random(f"{seed}:{pool}")
+    recovered: list[tuple[float, str]] = []
+    with Proxy(rabbit.port, chance).closing() as proxy:
+        through = f"amqp://guest:guest@127.0.0.1:{proxy.port}//"
+        storage = {"WATCH_STORAGE_BACKEND": valkey.url}
+        site = Site(tmp_path / "site", rabbit.url, TOPICS, CONFIG, CELERY_BROKER_URL=through, **storage)
+        site.bare.conf.update(presets.rabbitmq())
+        try:
+            worker = site.worker(pool=pool, concurrency=2)
+            with Load(site) as load:
+                for fault in chance.sample([name for name in FAULTS if name != "swallow a fetch"], len(FAULTS) - 1):
+                    begun = len(site.lines())
+                    until(lambda: len(site.lines()) > begun + 10, f"work before {fault}", 30, site.report)  # noqa: B023
+                    inflict(proxy, fault)
+                    pass_time(chance.uniform(*FAULTS[fault]))
+                    proxy.heal()
+                    healed, begun = time.monotonic(), len(site.lines())
+                    patience = NOTICED if fault == "forget" else RECOVERED
+                    until(lambda: len(site.lines()) > begun + 8, f"work after {fault}", patience, site.report)  # noqa: B023
+                    recovered.append((time.monotonic() - healed, fault))
+            check(site, rabbit, load, f"F7 {pool} seed={seed}")
+            assert worker.is_running()
+        finally:
+            site.close()
+            kombu.pools.reset()
+    for seconds, fault in recovered:
+        print(f"F7 {pool} {fault}: {seconds:.2f} s")
+    times = [seconds for seconds, _ in recovered]
+    print(f"F7 {pool} faults={len(times)} recovery p50={percentile(times, 0.5):.2f} s max={max(times):.2f} s")
+
+
+def test_a_connection_that_is_dead_without_a_word_is_noticed_within_20_s(
+    tmp_path: Path, rabbit: RabbitServer, valkey: RedisServer
+) -> None:
+    with Proxy(rabbit.port).closing() as proxy:
+        through = f"amqp://guest:guest@127.0.0.1:{proxy.port}//"
+        storage = {"WATCH_STORAGE_BACKEND": valkey.url}
+        site = Site(tmp_path / "site", rabbit.url, TOPICS, CONFIG, CELERY_BROKER_URL=through, **storage)
+        try:
+            worker = site.worker()
+            began = time.monotonic()
+            proxy.forget_all()
+            until(lambda: "Connection to broker lost" in worker.text(), "it is noticed", 20, worker.text)
+            print(f"noticed after {time.monotonic() - began:.1f} s")
+        finally:
+            site.close()

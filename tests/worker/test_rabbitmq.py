@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import kombu
 import kombu.pools
@@ -161,3 +165,52 @@ def test_queues_of_another_kind_are_said_so(site: RabbitSite, rabbit: RabbitServ
 
     assert done.returncode != 0
     assert "drain and delete both" in done.stderr
+
+
+def test_a_send_to_a_server_that_hangs_ends_and_sending_again_is_safe(site: RabbitSite, rabbit: RabbitServer) -> None:
+    program = site.folder / "send_twice.py"
+    program.write_text(
+        "import json, sys, time\n"
+        "from topics_here import job\n"
+        "from watch_tasks import SendError, SendUnknownError\n"
+        "import watch_tasks; watch_tasks.app\n"
+        "job.send(0, index='before')\n"
+        "print('sent', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "began = time.monotonic()\n"
+        "try:\n"
+        "    job.send(0, index='a')\n"
+        "except SendUnknownError as exc:\n"
+        "    message = exc.message\n"
+        "print(time.monotonic() - began, flush=True)\n"
+        "sys.stdin.readline()\n"
+        "job.send(message)\n"
+    )
+    sender: Any = subprocess.Popen(
+        [sys.executable, program.name],
+        cwd=site.folder,
+        env=site.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert sender.stdout.readline() == "sent\n"
+        rabbit.signal(signal.SIGSTOP)
+        try:
+            sender.stdin.write("\n")
+            sender.stdin.flush()
+            is_over, _, _ = select.select([sender.stdout], [], [], 60)
+        finally:
+            rabbit.signal(signal.SIGCONT)
+        assert is_over, "the send hangs"
+        assert float(sender.stdout.readline()) < 40
+        sender.communicate("\n", timeout=60)
+    finally:
+        sender.kill()
+        sender.wait(20)
+
+    site.worker()
+    site.until_handled(2)
+    assert sender.returncode == 0
+    assert site.calls("index") == {"before": 1, "a": 1}

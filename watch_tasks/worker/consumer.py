@@ -82,6 +82,14 @@ class WatchConsumer(Consumer):
             channel.codecs = {**channel.codecs, "base64": ForgivingBase64()}
         return connection
 
+    def connection_for_write(self, url: Any = None, heartbeat: Any = None) -> Any:
+        connection = self.app.connection_for_write(url=url, heartbeat=heartbeat)
+        options = connection.transport_options or {}
+        if "confirm_publish" in options:
+            # By it go the events: confirmed, each would block this process for as long as the server is silent.
+            connection.transport_options = {**options, "confirm_publish": False}
+        return self.ensure_connected(connection)
+
     def ensure_connected(self, conn: Any) -> Any:
         # A worker that waits for its broker is well: to restart it would cut off what its pool is doing.
         ensure = conn.ensure_connection

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WORKER_HEADER", "CeleryOutlet"]
 
+#: Seconds that RabbitMQ may take to confirm a message: Celery waits without end.
+_CONFIRM: Final = 5.0
+
 #: The header by which a worker's main process tells its children its name and process id; never sent on.
 WORKER_HEADER: Final = "watch_worker"
 
@@ -91,7 +94,7 @@ class CeleryOutlet:
         options = amqp.router.route(options, name, args, keywords)
         try:
             with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
-                amqp.send_task_message(producer, name, made, **options)
+                amqp.send_task_message(producer, name, made, confirm_timeout=_CONFIRM, **options)
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
             raise send_error(exc, message) from exc
 
@@ -117,7 +120,7 @@ class CeleryOutlet:
                 add_to_parent=False,
                 serializer="json",
                 **wire.reprs(message),
-                **{"ignore_result": True, **options},
+                **{"ignore_result": True, "confirm_timeout": _CONFIRM, **options},
             )
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
             raise send_error(exc, message) from exc

@@ -182,8 +182,11 @@ def recommended(conf: Any, environ: Mapping[str, str] = os.environ) -> dict[str,
     if scheme in _REDIS:
         ours["broker_transport_options"] = transport_options()
     elif scheme in ("amqp", "amqps", "pyamqp"):
-        # Without confirms the first messages after a restart of the broker vanish.
-        ours["broker_transport_options"] = {"confirm_publish": True}
+        # Without confirms the first messages after a restart of the broker vanish. They are waited for without end,
+        # also by a worker's main process with its events, unless reading is bounded.
+        ours["broker_transport_options"] = {"confirm_publish": True, "read_timeout": 5.0, "write_timeout": 5.0}
+        # A connection that is dead without a word is noticed after three of these; by Celery's 120 s, after minutes.
+        ours["broker_heartbeat"] = 6
     elif scheme == "memory":
         ours["broker_transport_options"] = {"polling_interval": 0.01}
     added = {}
