@@ -43,6 +43,8 @@ CONTENDERS: dict[str, tuple[str, list[str], str]] = {
         "1 process, asyncio",
     ),
 }
+#: The others, of which the faster counts.
+PEERS = ("Dramatiq", "Taskiq (streams)")
 
 
 def drain(name: str, url: str, count: int) -> float:
@@ -73,6 +75,11 @@ def drain(name: str, url: str, count: int) -> float:
         worker.wait()
 
 
+def _ratio(found: list[float], base: list[float] | None) -> str:
+    """Return the median of the ratios within a round."""
+    return f"{statistics.median(one / other for one, other in zip(found, base, strict=True)):.2f}" if base else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
@@ -88,13 +95,13 @@ def main() -> None:
                 print(f"round {number + 1}: {name}: {rates[name][-1]:.0f}/s", file=sys.stderr, flush=True)
     finally:
         server.stop()
-    print("| | pool | messages/s, median | spread | ÷ stock Celery |")
-    print("|---|---|---|---|---|")
-    stock = rates.get("stock Celery")
+    print("| | pool | messages/s, median | spread | ÷ stock Celery | ÷ the faster of Dramatiq and Taskiq |")
+    print("|---|---|---|---|---|---|")
+    peers = [max(both) for both in zip(*(rates[name] for name in PEERS if name in rates), strict=True)]
     for name, found in rates.items():
-        ratio = statistics.median(one / other for one, other in zip(found, stock, strict=True)) if stock else 0
         spread = f"{min(found):.0f} to {max(found):.0f}"
-        print(f"| {name} | {CONTENDERS[name][2]} | {statistics.median(found):.0f} | {spread} | {ratio:.2f} |")
+        ratios = " | ".join(_ratio(found, base) for base in (rates.get("stock Celery"), peers))
+        print(f"| {name} | {CONTENDERS[name][2]} | {statistics.median(found):.0f} | {spread} | {ratios} |")
     print(json.dumps(rates))
 
 
