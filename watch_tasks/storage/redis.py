@@ -7,89 +7,65 @@ Keys, each under the prefix (a topic has no `:`, or it is escaped, so no two nam
 
 | key | holds |
 |---|---|
-| `r:<topic>:<index>` | the record: times, tokens, id and digest, then the record's bytes |
-| `s:<id>` | hash: the state of an unfinished or dead message |
+| `r:<topic>` | hash: the records, by index: times, tokens, id, digest, and the record's bytes |
+| `b:<topic>` | hash: those bytes, where they are more than 4 KiB |
+| `o:<topic>`, `i:<topic>:<order>`, `z:<topic>:<order>:<fence>` | the indexes by time: see `orders.lua` |
+| `s:<id>` | the state of an unfinished or dead message |
 | `m:<id>` | the mark: done, though no record says so |
 | `h:<topic>:<index>` | the id that holds the index, under once="index" |
 | `t:<topic>:<index>` | list: the story |
-| `z:<topic>`, `x:<topic>` | indexes of the records by the time handled, and by the time they expire |
 | `d:<id>`, `letters`, `l:<topic>` | dead letters, and their ids by time: all, and those of a topic |
 | `c:<topic>`, `topics`, `token` | hash of counters, set of names, the last token |
+| `layout`, `tended` | the number of this form of the keys, and when what is over was trimmed last |
+
+Records are ended by us, a bounded number at a time, when there are writes and by `tend`. Ended by the server, a million
+that end together are a pause; and each would need a key of its own, which costs more than the record.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+import heapq
+import random
 import re
-import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 from typing import Any, Final
 
 import msgspec
 import redis
-from redis.exceptions import (
-    ChildDeadlockedError,
-    ClusterDownError,
-    MasterDownError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisClusterException,
-    TryAgainError,
-)
 
 from ..errors import StorageClosedError, StorageError, StorageUnavailableError
 from ..record import Counters
 from .base import PAGE, Storage
-from .protocol import Claim, Commit, Granted, Put, Refusal, Refused, Replay, Replayed
-from .redis_client import mask, open_client, read_options
+from .protocol import Claim, Commit, Granted, Put, Refused, Replay, Replayed
+from .redis_client import FOREIGN, mask, open_client, read_options, translate
+from .redis_records import (
+    Row,
+    digest_bytes,
+    escape,
+    id_bytes,
+    in_order,
+    micros,
+    read_answer,
+    read_letter,
+    read_record,
+    read_story,
+)
+from .redis_script import Script, cut, read_script
 from .stored import Stored, StoredRecord
 
 __all__ = ["RedisStorage", "open_url"]
 
-#: Items that one call of a script takes, and bytes: while it runs, the server does nothing else.
-_MOST_ITEMS: Final = 500
-_MOST_BYTES: Final = 16 * 1024 * 1024
+#: The form of the keys that this version reads and writes.
+LAYOUT: Final = 2
 
-#: The roots of all that redis-py raises here.
-_FOREIGN: Final = (redis.RedisError, RedisClusterException, ChildDeadlockedError)
-#: What is over when the server is back, free or writable again.
-_AWAY: Final = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    ClusterDownError,
-    MasterDownError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    TryAgainError,
-)
-#: The same, from inside a script (Redis 6.2 wraps them in a text), and codes that redis-py has no class for.
-_AWAY_CODES: Final = re.compile(
-    r"\b(OOM|READONLY|LOADING|MISCONF|NOREPLICAS|BUSY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN)\b(?! GROUP)"
-)
-
-_RECORD: Final = struct.Struct(">ddddI")  # handled at, expires, first token, token, length of the id
-_LETTER: Final = struct.Struct(">dI")  # dead at, length of the topic
-_EVENT: Final = struct.Struct(">ddB")  # at, expires, length of the kind
-
-
-class _Script:
-    """A script by its digest; the server is told its text when it does not know it."""
-
-    def __init__(self, name: str) -> None:
-        folder = files(__package__) / "redis_scripts"
-        text = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name))
-        self._text = text.encode()
-        self._digest = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
-
-    def __call__(self, execute: Callable[..., Any], *args: bytes | str) -> Any:
-        try:
-            return execute("EVALSHA", self._digest, 0, *args)
-        except NoScriptError:
-            return execute("EVAL", self._text, 0, *args)
+#: Records that one script of `tend` forgets: it runs for some 0.1 ms.
+_MOST_TENDED: Final = 64
+#: Seconds that one `tend` takes at most, of which the server is busy half, and between two of any processes.
+_TENDING, _TEND_PAUSE = 0.2, 1.0
+#: Topics that one script of `tend` looks at.
+_MOST_TOPICS: Final = 32
 
 
 class RedisStorage(Storage):
@@ -113,12 +89,12 @@ class RedisStorage(Storage):
         name: str = "redis",
     ) -> None:
         self._client = client
-        self._execute: Callable[..., Any] = client.execute_command
+        self._execute: Callable[..., Any] = self._execute_first
         self._prefix = prefix.encode()
         self._clock = clock
         self._name = name
         self._closed = False
-        self._scripts: dict[str, _Script] = {}
+        self._scripts: dict[str, Script] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._name!r})"
@@ -133,63 +109,72 @@ class RedisStorage(Storage):
 
     def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
         answers: list[Granted | Refused] = []
-        for part in _parts(claims, lambda claim: len(claim.note)):
-            request = [
-                (
-                    claim.topic,
-                    claim.index,
-                    claim.id,
-                    claim.copy,
-                    claim.once,
-                    claim.worker,
-                    claim.lease,
-                    claim.digest,
-                    claim.retention,
-                    claim.sent_at,
-                    claim.started,
-                    claim.nonce,
+        for part in cut(claims, lambda claim: len(claim.note)):
+            request, notes = [], []
+            for claim in part:
+                id, digest = id_bytes(claim.id), digest_bytes(claim.digest)
+                notes.append(id + digest + claim.note)
+                request.append(
+                    (
+                        claim.topic,
+                        claim.index,
+                        claim.id,
+                        claim.copy,
+                        claim.once,
+                        claim.worker,
+                        micros(claim.lease),
+                        None if claim.retention is None else micros(claim.retention),
+                        micros(claim.sent_at),
+                        claim.nonce,
+                        len(id),
+                        len(digest),
+                        claim.started,
+                    )
                 )
-                for claim in part
-            ]
-            answers += map(_answer, self._run("claim", request, *(claim.note for claim in part)))
+            answers += map(read_answer, self._run("claim", request, *notes))
         return answers
 
     def _commit(self, commits: Sequence[Commit]) -> list[bool]:
         accepted: list[bool] = []
-        for part in _parts(commits, lambda commit: len(commit.blob)):
-            request = [
-                (
-                    commit.step,
-                    commit.topic,
-                    commit.index,
-                    commit.id,
-                    commit.copy,
-                    commit.token,
-                    commit.digest,
-                    commit.retention,
-                    commit.delay,
-                    [kind for kind, _ in commit.notes],
+        for part in cut(commits, lambda commit: len(commit.blob)):
+            request, blobs = [], []
+            for commit in part:
+                id, digest = id_bytes(commit.id), digest_bytes(commit.digest)
+                blobs += [id + digest + commit.blob, *(note for _, note in commit.notes)]
+                request.append(
+                    (
+                        commit.topic,
+                        commit.index,
+                        commit.step,
+                        commit.id,
+                        commit.copy,
+                        commit.token,
+                        None if commit.retention is None else micros(commit.retention),
+                        micros(commit.delay),
+                        [kind for kind, _ in commit.notes],
+                        len(id),
+                        len(digest),
+                    )
                 )
-                for commit in part
-            ]
-            blobs = [blob for commit in part for blob in (commit.blob, *(note for _, note in commit.notes))]
-            accepted += map(bool, self._run("commit", request, *blobs))
+            # Their records have one time: the index orders them.
+            order = in_order([commit.index or "" for commit in part])
+            accepted += map(bool, self._run("commit", (request, order), *blobs))
         return accepted
 
     def _renew(self, worker: str, ids: Sequence[str], lease: float) -> set[str]:
         held: set[str] = set()
-        for part in _parts(ids):
-            answers = self._run("renew", (worker, part, lease))
+        for part in cut(ids):
+            answers = self._run("renew", (worker, part, micros(lease)))
             held.update(id for id, is_held in zip(part, answers, strict=True) if is_held)
         return held
 
     def _release(self, worker: str, ids: Sequence[str], crashed: bool) -> list[int]:
-        return [count for part in _parts(ids) for count in self._run("release", (worker, part, crashed))]
+        return [count for part in cut(ids) for count in self._run("release", (worker, part, crashed))]
 
     def _replay(self, replays: Sequence[Replay]) -> list[tuple[Replayed, int]]:
         answers: list[tuple[Replayed, int]] = []
-        for part in _parts(replays):
-            request = [(replay.id, replay.patience, replay.force) for replay in part]
+        for part in cut(replays):
+            request = [(replay.id, micros(replay.patience), replay.force) for replay in part]
             found = self._run("replay", request, *(replay.note for replay in part))
             answers += [(Replayed(why.decode()), copy) for why, copy in found]
         return answers
@@ -197,16 +182,21 @@ class RedisStorage(Storage):
     # -- records
 
     def _get(self, topic: str, index: str) -> StoredRecord | None:
-        value = self._ask("GET", self._key(f"r:{topic}:{index}"))
-        return _read_record(topic, index, value, self._clock() if self._clock else 0.0)[0] if value else None
+        now, *found = self._run("get", (topic, index))
+        row = read_record(topic, index, found[0], float(now), found[1] or b"") if found else None
+        return row.stored if row else None
 
     def _put(self, puts: Sequence[Put]) -> list[bool]:
         kept: list[bool] = []
-        for part in _parts(puts, lambda put: len(put.blob)):
-            request = [
-                (put.topic, put.index, put.id, put.digest, put.at, put.retention, put.only_newer) for put in part
-            ]
-            kept += map(bool, self._run("put", request, *(put.blob for put in part)))
+        for part in cut(puts, lambda put: len(put.blob)):
+            request, blobs = [], []
+            for put in part:
+                id, digest, at = id_bytes(put.id), digest_bytes(put.digest), micros(put.at)
+                blobs.append(id + digest + put.blob)
+                retention = None if put.retention is None else micros(put.retention)
+                request.append((put.topic, put.index, put.id, at, retention, put.only_newer, len(id), len(digest)))
+            order = in_order([(item[3], item[1]) for item in request])
+            kept += map(bool, self._run("put", (request, order), *blobs))
         return kept
 
     def _remove(self, topic: str, indexes: Sequence[str], note: bytes) -> int:
@@ -215,15 +205,28 @@ class RedisStorage(Storage):
     def _scan(self, topic: str, since: float | None, newest_first: bool) -> Iterator[StoredRecord]:
         # A record written meanwhile moves to the end of the time order. It is left out there: by its token where it
         # was claimed after the start, by its time where it was claimed before.
-        last_token = max(int(self._ask("GET", self._key("token")) or 0), self._now())
-        newest = self._ask("ZRANGE", self._key(f"z:{topic}"), -1, -1)
-        end = float(self._ask("ZSCORE", self._key(f"z:{topic}"), newest[0]) or math.inf) if newest else -math.inf
-        for index, score, now, value in self._pages(f"z:{topic}", f"r:{topic}:", since, newest_first):
-            if score > end and not newest_first:
+        found = self._run("scan", topic)
+        last_token, ends = float(found[1]), [float(end) for end in found[3::2]]
+        orders = [self._walk(topic, name.decode(), since, newest_first) for name in found[2::2]]
+        for row in heapq.merge(*orders, key=lambda row: row.at, reverse=newest_first):
+            if not newest_first and row.at > max(ends):
                 return
-            stored, token = _read_record(topic, index, value, now)
-            if stored and token <= last_token:
-                yield stored
+            if row.token <= last_token:
+                yield row.stored
+
+    def _walk(self, topic: str, order: str, since: float | None, newest_first: bool) -> Iterator[Row]:
+        """Yield the records of one order, page by page."""
+        start = None if since is None else round(since * 1_000_000)
+        after: tuple[bytes, ...] = ()
+        while True:
+            now, last, *found = self._run("page_records", (topic, order, newest_first, PAGE, start), *after)
+            for index, value in zip(found[::2], found[1::2], strict=True):
+                row = read_record(topic, index.decode(), value, float(now))
+                if row:
+                    yield row
+            if last is None:
+                return
+            after = (last,)
 
     def _len(self, topic: str) -> int:
         return int(self._run("count", topic))
@@ -231,13 +234,13 @@ class RedisStorage(Storage):
     # -- dead letters
 
     def _letters(self, topic: str | None, since: float | None) -> Iterator[Stored]:
-        members = "letters" if topic is None else f"l:{_escape(topic)}"
+        members = "letters" if topic is None else f"l:{escape(topic)}"
         for _, _, _, value in self._pages(members, "d:", since, True):
-            yield _read_letter(value)
+            yield read_letter(value)
 
     def _letter(self, id: str) -> Stored | None:
         value = self._ask("GET", self._key(f"d:{id}"))
-        return _read_letter(value) if value else None
+        return read_letter(value) if value else None
 
     def _drop_letter(self, id: str, topic: str, index: str | None, note: bytes) -> bool:
         return bool(self._run("drop_letter", (id, topic, index), note))
@@ -246,15 +249,11 @@ class RedisStorage(Storage):
 
     def _story(self, topic: str, index: str) -> Iterator[tuple[float, str, bytes]]:
         events = self._ask("LRANGE", self._key(f"t:{topic}:{index}"), 0, -1)
-        now = self._now() if self._clock else 0
-        if any(_EVENT.unpack_from(event)[1] > now for event in events):
-            for event in events:
-                at, _, size = _EVENT.unpack_from(event)
-                note = _EVENT.size + size
-                yield at / 1_000_000, event[_EVENT.size : note].decode(), event[note:]
+        if events:
+            yield from read_story(events, self._now())
 
     def _counters(self, topic: str) -> Counters:
-        name = _escape(topic)
+        name = escape(topic)
         fields = ("handled", "duplicates", "retries")
         counts = self._ask("HMGET", self._key(f"c:{name}"), *fields)
         dead = self._ask("ZCARD", self._key(f"l:{name}"))
@@ -262,6 +261,29 @@ class RedisStorage(Storage):
 
     def _topics(self) -> set[str]:
         return {name.decode() for name in self._ask("SMEMBERS", self._key("topics")) if name}
+
+    # -- life
+
+    def tend(self) -> None:
+        """Forget records that are over, in many short scripts with as long a pause after each; at most for 0.2 s.
+
+        Where another process did so within the last second, there is nothing to do.
+        """
+        names = [name.decode() for name in self._ask("SMEMBERS", self._key("topics"))]
+        random.shuffle(names)  # so that none has to wait for the others, always
+        start = time.monotonic()
+        pause: int | None = round(_TEND_PAUSE * 1_000_000)
+        for first in range(0, len(names), _MOST_TOPICS):
+            trimmed = 1
+            while trimmed:
+                before = time.monotonic()
+                if before - start > _TENDING:
+                    return
+                trimmed = self._run("tend", (names[first : first + _MOST_TOPICS], _MOST_TENDED, pause))
+                if trimmed < 0:
+                    return
+                pause = None
+                time.sleep(time.monotonic() - before)
 
     # -- what a person should know
 
@@ -300,6 +322,18 @@ class RedisStorage(Storage):
 
     # -- the seam to redis-py
 
+    def _execute_first(self, *command: Any) -> Any:
+        """Execute the first command of this process; after it, commands go straight to the client."""
+        layout = int(self._client.get(self._key("layout")) or LAYOUT)
+        if layout > LAYOUT:
+            raise StorageError(
+                f"storage `{self._name}` was written by a newer version: its layout is {layout}, this version reads "
+                f"layout {LAYOUT}. Update watch-tasks here, or name another `?prefix=`"
+            )
+        execute: Callable[..., Any] = self._client.execute_command
+        self._execute = execute
+        return execute(*command)
+
     def _now(self) -> int:
         """Return the time in µs."""
         if self._clock:
@@ -317,7 +351,7 @@ class RedisStorage(Storage):
     def _run(self, name: str, request: Any, *blobs: bytes) -> Any:
         script = self._scripts.get(name)
         if script is None:
-            script = self._scripts[name] = _Script(name)
+            script = self._scripts[name] = Script(read_script(name))
         now = str(self._now()) if self._clock else ""
         with self._translated():
             return script(self._execute, self._prefix, now, msgspec.msgpack.encode(request), *blobs)
@@ -346,16 +380,8 @@ class RedisStorage(Storage):
             raise StorageClosedError(f"{self!r} was closed")
         try:
             yield
-        except _FOREIGN as exc:
+        except FOREIGN as exc:
             raise translate(exc, self._name) from exc
-
-
-def translate(error: Exception, name: str) -> StorageError:
-    """Return the error of ours that says the same as one of redis-py's."""
-    text = f"storage `{name}`: {type(error).__name__}: {error}"
-    if isinstance(error, _AWAY) or (isinstance(error, redis.ResponseError) and _AWAY_CODES.search(str(error))):
-        return StorageUnavailableError(text)
-    return StorageError(text)
 
 
 def open_url(url: str) -> RedisStorage:
@@ -366,54 +392,6 @@ def open_url(url: str) -> RedisStorage:
     """
     prefix = read_options(url).get("prefix", "watch:")
     return RedisStorage(open_client(url, "prefix"), prefix=prefix, name=mask(url))
-
-
-def _parts(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> Iterator[list[Any]]:
-    """Cut what is too much for one script; usually it is one part."""
-    part: list[Any] = []
-    total = 0
-    for item in items:
-        if part and (len(part) == _MOST_ITEMS or total > _MOST_BYTES):
-            yield part
-            part, total = [], 0
-        part.append(item)
-        total += size(item)
-    yield part
-
-
-def _answer(answer: list[Any]) -> Granted | Refused:
-    if answer[0] == b"granted":
-        _, token, copy, progress, crashes, now = answer
-        return Granted(token, copy, progress, crashes, now / 1_000_000)
-    return Refused(Refusal(answer[0].decode()), answer[1] / 1_000_000)
-
-
-def _read_record(topic: str, index: str, value: bytes, now: float) -> tuple[StoredRecord | None, float]:
-    """Return a record, None where its time is over, and its token."""
-    at, expires, _, token, size = _RECORD.unpack_from(value)
-    if expires <= now * 1_000_000:
-        return None, token
-    end = _RECORD.size + size
-    blob = end + 2 + int.from_bytes(value[end : end + 2], "big")
-    stored = StoredRecord(
-        topic=topic,
-        index=index,
-        id=value[_RECORD.size : end].decode(),
-        digest=value[end + 2 : blob].decode(),
-        at=at / 1_000_000,
-        expires=None if expires == math.inf else expires / 1_000_000,
-        blob=value[blob:],
-    )
-    return stored, token
-
-
-def _read_letter(value: bytes) -> Stored:
-    at, size = _LETTER.unpack_from(value)
-    return Stored(at / 1_000_000, value[_LETTER.size + size :])
-
-
-def _escape(topic: str) -> str:
-    return topic.replace("%", "%25").replace(":", "%3A")
 
 
 def _text(value: Any) -> str:

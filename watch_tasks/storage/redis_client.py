@@ -1,19 +1,29 @@
-"""Opens a redis-py client by URL, with bounded waits and certificates that are checked."""
+"""Opens a redis-py client by URL, with bounded waits and certificates that are checked; says its errors in ours."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ChildDeadlockedError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    TryAgainError,
+)
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from ..errors import ConfigurationError, did_you_mean
+from ..errors import ConfigurationError, StorageError, StorageUnavailableError, did_you_mean
 
-__all__ = ["Options", "mask", "open_client", "read_options"]
+__all__ = ["FOREIGN", "Options", "mask", "open_client", "read_options", "translate"]
 
 Options = dict[str, str]
 
@@ -22,6 +32,23 @@ _BOUNDS: Final[Mapping[str, Any]] = {"socket_timeout": 5.0, "socket_connect_time
 #: Seconds of silence after which a connection is tried before it is used.
 _HEALTH_CHECK: Final = 10
 _SENTINEL_PORT: Final = 26379
+
+#: The roots of all that redis-py raises here.
+FOREIGN: Final = (redis.RedisError, RedisClusterException, ChildDeadlockedError)
+#: What is over when the server is back, free or writable again.
+_AWAY: Final = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
+#: The same, from inside a script (Redis 6.2 wraps them in a text), and codes that redis-py has no class for.
+_AWAY_CODES: Final = re.compile(
+    r"\b(OOM|READONLY|LOADING|MISCONF|NOREPLICAS|BUSY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN)\b(?! GROUP)"
+)
 
 #: How kombu and Celery spell what redis-py calls otherwise.
 _CERT_REQS: Final = {"CERT_REQUIRED": "required", "CERT_OPTIONAL": "optional", "CERT_NONE": "none"}
@@ -176,3 +203,11 @@ def _database(path: str, options: Options) -> int:
         return int(text.strip("/") or 0)
     except ValueError:
         raise ValueError(f"the database must be a number, got {text!r}") from None
+
+
+def translate(error: Exception, name: str) -> StorageError:
+    """Return the error of ours that says the same as one of redis-py's."""
+    text = f"storage `{name}`: {type(error).__name__}: {error}"
+    if isinstance(error, _AWAY) or (isinstance(error, redis.ResponseError) and _AWAY_CODES.search(str(error))):
+        return StorageUnavailableError(text)
+    return StorageError(text)

@@ -1,118 +1,120 @@
 -- May these copies be handled now? One answer for each, in order (protocol §2, §3).
 -- Answers: {'granted', token, copy, progress, crashes, now}, or {why, µs until asking again}.
 
-local NAMES = {'topic', 'index', 'id', 'copy', 'once', 'worker', 'lease', 'digest', 'retention', 'sent_at', 'started',
-  'nonce'}
+-- Why a claim is refused: {why, µs until asking again}, or nil where it is not.
+local function get_refusals()
+  local refusals = {}
 
-local function refuse(claim, why, wait)
-  if why == 'duplicate' then count(claim.topic, 'duplicates', 1) end
-  if why ~= 'conflict' then
-    local kind = why == 'busy' and 'busy' or 'suppressed'
-    tell(claim.topic, claim.index, claim.retention, {event(NOW, kind, claim.note, claim.expires)})
+  function refusals.refuse(claim, why, wait)
+    if why == 'duplicate' then count(claim.topic, 'duplicates', 1) end
+    if why ~= 'conflict' then
+      local kind = why == 'busy' and 'busy' or 'suppressed'
+      local is_owned = claim.stored or get_states().owns(claim.state, claim.topic, claim.index)
+      tell(claim.topic, claim.index, claim.expires, {{NOW, kind, claim.note}}, is_owned)
+    end
+    return {why, wait or 0}
   end
-  return {why, wait or 0}
-end
 
--- This very claim was granted, and its answer lost: refused now, it would count as a crash later.
-local function is_asked_again(claim, state)
-  return claim.nonce ~= '' and claim.nonce == state.nonce and claim.worker == state.worker and is_held(state)
-end
+  -- Compare the copy with what is known; nil: it may be claimed.
+  function refusals.check_copy(claim, state)
+    local older, same = claim.copy < state.copy, claim.copy == state.copy
+    local is_alive = state.status == 'running' or state.status == 'waiting'
+    -- A higher copy was delivered and claimed: this one is stale, whatever became of that lease.
+    if is_alive and claim.copy < state.carried then return {'stale', 0} end
+    if state.status == 'dead' and (older or same) then return refusals.refuse(claim, 'duplicate') end
+    if state.status == 'replaying' and older then return refusals.refuse(claim, 'duplicate') end
+    if state.status == 'waiting' and older and NOW < state['until'] + claim.lease then
+      -- Its retry may still be published; once that is overdue by a lease, this delivery stands in for it.
+      return refusals.refuse(claim, 'busy', state['until'] + claim.lease - NOW)
+    end
+    if state.status == 'running' and NOW < state['until'] then
+      -- An older copy too: it may be the one that stands in, handed over once more.
+      return refusals.refuse(claim, 'busy', state['until'] - NOW)
+    end
+    return nil
+  end
 
--- Compare the copy with what is known; nil: it may be claimed.
-local function check_copy(claim, state)
-  local older, same = claim.copy < state.copy, claim.copy == state.copy
-  local is_alive = state.status == 'running' or state.status == 'waiting'
-  -- A higher copy was delivered and claimed: this one is stale, whatever became of that lease.
-  if is_alive and claim.copy < state.carried then return {'stale', 0} end
-  if state.status == 'dead' and (older or same) then return refuse(claim, 'duplicate') end
-  if state.status == 'replaying' and older then return refuse(claim, 'duplicate') end
-  if state.status == 'waiting' and older and NOW < state['until'] + claim.lease then
-    -- Its retry may still be published; once that is overdue by a lease, this delivery stands in for it.
-    return refuse(claim, 'busy', state['until'] + claim.lease - NOW)
+  -- once="index": a record of the index settles it, a running holder makes wait; waiting and dead hold nothing.
+  function refusals.check_index(claim, record, state)
+    if record then
+      local size = string.byte(record.value, record.place) == 0 and 17 or 5 + struct.unpack('>I4', record.value, record.place + 1)
+      local place = record.place + size
+      if string.sub(record.value, place, place + #claim.digest - 1) ~= claim.digest then
+        return refusals.refuse(claim, 'conflict')
+      end
+      get_states().forget(state, claim.topic, claim.index)
+      return refusals.refuse(claim, 'duplicate')
+    end
+    local key = of_topic('h', claim.topic) .. ':' .. claim.index
+    local id = redis.call('GET', key)
+    local holder = id and id ~= claim.id and get_states().read_state(id)
+    if holder and holder.status == 'running' and NOW < holder['until'] then
+      return refusals.refuse(claim, 'busy', holder['until'] - NOW)
+    end
+    redis.call('SET', key, claim.id)
+    return nil
   end
-  if state.status == 'running' and NOW < state['until'] then
-    -- An older copy too: it may be the one that stands in, handed over once more.
-    return refuse(claim, 'busy', state['until'] - NOW)
-  end
-  return nil
-end
 
--- once="index": a record of the index settles it, a running holder makes wait; waiting and dead hold nothing.
-local function check_index(claim, record, state)
-  if record and record.digest == claim.digest then
-    forget(state)
-    return refuse(claim, 'duplicate')
-  end
-  if record then return refuse(claim, 'conflict') end
-  local id = redis.call('GET', of_index('h', claim.topic, claim.index))
-  local holder = id and id ~= claim.id and read_state(id)
-  if holder and holder.status == 'running' and NOW < holder['until'] then
-    return refuse(claim, 'busy', holder['until'] - NOW)
-  end
-  redis.call('SET', of_index('h', claim.topic, claim.index), claim.id)
-  return nil
+  return refusals
 end
 
 local function grant(claim, state)
-  local events, copy, crashes = {}, claim.copy, 0
+  local events = {}
   if not state then
-    events[1] = event(micros(claim.sent_at), 'sent', claim.note, claim.expires)
+    events[1] = {claim.sent_at, 'sent', claim.note}
+    state = new_state(claim.id, 'waiting', claim.copy)
   else
-    copy, crashes = math.max(copy, state.copy), state.crashes
     if state.status == 'replaying' or state.status == 'dead' then
       -- The replay arrived: it starts afresh, and its letter need not be listed any longer.
-      drop_letter(claim.id)
-      crashes, state.progress = 0, nil
-      redis.call('HDEL', of_id('s', claim.id), 'progress')
-    elseif state.status == 'running' and state.copy == copy and state.started then
+      get_states().drop_letter(claim.id)
+      state.crashes, state.progress, state.lettered = 0, false, false
+    elseif state.status == 'running' and state.copy >= claim.copy and state.started then
       -- The same copy again after its lease: its handler took the worker down.
-      crashes = crashes + 1
+      state.crashes = state.crashes + 1
     end
-    keep_state(state)
+    state.copy = math.max(claim.copy, state.copy)
   end
-  local token = next_token()
-  local first = state and state.first > 0 and state.first or token
-  local carried = math.max(state and state.carried or 0, claim.copy)
-  local fields = {'copy', copy, 'carried', carried, 'status', 'running', 'token', digits(token), 'first', digits(first),
-    'worker', claim.worker, 'nonce', claim.nonce, 'until', digits(NOW + claim.lease), 'crashes', crashes, 'topic', claim.topic,
-    'index', claim.index}
-  for flag, is_set in pairs({started = claim.started, exclusive = claim.once == 'index'}) do
-    if is_set then
-      fields[#fields + 1], fields[#fields + 2] = flag, 1
-    elseif state then
-      redis.call('HDEL', of_id('s', claim.id), flag)
-    end
-  end
-  redis.call('HSET', of_id('s', claim.id), unpack(fields))
-  events[#events + 1] = event(NOW, 'attempt', claim.note, claim.expires)
-  tell(claim.topic, claim.index, claim.retention, events)
-  return {'granted', token, copy, state and state.progress or false, crashes, NOW}
+  local topic, index = state.topic, state.index
+  state.status, state.token, state.worker, state.nonce = 'running', next_token(), claim.worker, claim.nonce
+  if state.first == 0 then state.first = state.token end
+  state.carried, state['until'], state.expires = math.max(state.carried, claim.copy), NOW + claim.lease, 0
+  state.started, state.exclusive, state.topic, state.index = claim.started, claim.once == 'index', claim.topic, claim.index
+  save(state)
+  if index and (topic ~= claim.topic or index ~= claim.index) then disown(topic, index) end
+  events[#events + 1] = {NOW, 'attempt', claim.note}
+  tell(claim.topic, claim.index, claim.expires, events, true)
+  return {'granted', state.token, state.copy, state.progress, state.crashes, NOW}
 end
 
 local function claim_one(claim)
-  local record, state = read_record(claim.topic, claim.index), read_state(claim.id)
+  local record, stored = read_record(claim.topic, claim.index)
+  local found = redis.call('MGET', PREFIX .. 's:' .. claim.id, PREFIX .. 'm:' .. claim.id)
+  local state = parse_state(claim.id, found[1])
+  claim.stored, claim.state = stored, state
   -- Done: its record says so, or the mark it left when the record was replaced or removed.
-  if (record and record.id == claim.id) or mark_token(claim.id) then
-    forget(state)
-    return refuse(claim, 'duplicate')
+  if (record and is_of(record, claim.short_id)) or parse_mark(found[2]) then
+    get_states().forget(state, claim.topic, claim.index)
+    return get_refusals().refuse(claim, 'duplicate')
   end
-  if state and is_asked_again(claim, state) then
-    redis.call('HSET', of_id('s', claim.id), 'until', digits(NOW + claim.lease))
-    return {'granted', state.token, state.copy, state.progress or false, state.crashes, NOW}
+  -- This very claim was granted, and its answer lost: refused now, it would count as a crash later.
+  if state and claim.nonce ~= '' and claim.nonce == state.nonce and claim.worker == state.worker and is_held(state) then
+    state['until'] = NOW + claim.lease
+    save(state)
+    return {'granted', state.token, state.copy, state.progress, state.crashes, NOW}
   end
-  local refused = state and check_copy(claim, state)
-  if refused then return refused end
-  if claim.once == 'index' then
-    refused = check_index(claim, record, state)
-    if refused then return refused end
-  end
-  return grant(claim, state)
+  local refused = state and get_refusals().check_copy(claim, state)
+  if not refused and claim.once == 'index' then refused = get_refusals().check_index(claim, record, state) end
+  return refused or grant(claim, state)
 end
 
 local answers = {}
 for number, values in ipairs(REQUEST) do
-  local claim = named(NAMES, values)
-  claim.lease, claim.note, claim.expires = micros(claim.lease), take(), expiry(claim.retention, NOW)
-  answers[number] = claim_one(claim)
+  local note, id_size, both = take(), values[11], values[11] + values[12]
+  answers[number] = claim_one({
+    topic = values[1], index = values[2], id = values[3], copy = values[4], once = values[5], worker = values[6],
+    lease = values[7], expires = NOW + (values[8] or NEVER), sent_at = values[9], nonce = values[10],
+    started = values[13], note = string.sub(note, both + 1), short_id = string.sub(note, 1, id_size),
+    digest = string.sub(note, id_size + 1, both),
+  })
 end
 return finish(answers)

@@ -1,113 +1,134 @@
 -- Settle these messages, each accepted (1) or refused (0) alone (protocol §1, §2).
 
-local NAMES = {'step', 'topic', 'index', 'id', 'copy', 'token', 'digest', 'retention', 'delay', 'kinds'}
+-- What few commits need.
+local function get_steps()
+  local steps = {}
 
--- Was this very commit accepted before, and its answer lost?
-local function is_repeated(commit, state, record)
-  if commit.step == 'handled' then
-    return (record and record.id == commit.id and record.token == commit.token) or mark_token(commit.id) == commit.token
+  -- Was this very commit accepted before, and its answer lost? A handled one is answered by its record or mark.
+  function steps.is_repeated(commit, state)
+    if not state or state.token ~= commit.token then return false end
+    if commit.step == 'retry' or commit.step == 'snoozed' then
+      return state.status == 'waiting' and state.copy == commit.copy + 1
+    elseif commit.step == 'released' then
+      return state.status == 'waiting' and state.copy == commit.copy
+    end
+    if commit.step == 'mark' then return state.status == 'running' and state.progress == commit.blob end
+    return commit.step == 'dead' and state.status == 'dead'
   end
-  if not state or state.token ~= commit.token then return false end
-  if commit.step == 'retry' or commit.step == 'snoozed' then
-    return state.status == 'waiting' and state.copy == commit.copy + 1
-  elseif commit.step == 'released' then
-    return state.status == 'waiting' and state.copy == commit.copy
+
+  function steps.wait(commit, state)
+    state.copy, state.status = commit.step == 'released' and commit.copy or commit.copy + 1, 'waiting'
+    state['until'], state.progress = NOW + commit.delay, commit.blob
+    save(state)
+    get_states().give_up(state)
   end
-  if commit.step == 'mark' then return state.status == 'running' and state.progress == commit.blob end
-  return commit.step == 'dead' and state.status == 'dead'
+
+  -- Return the state of the dead.
+  function steps.bury(commit, state)
+    get_states().drop_letter(commit.id)
+    redis.call('SET', PREFIX .. 'd:' .. commit.id, struct.pack('>dI4c0', NOW, #commit.topic, commit.topic) .. commit.blob)
+    redis.call('ZADD', PREFIX .. 'letters', digits(NOW), commit.id)
+    redis.call('ZADD', of_topic('l', commit.topic), digits(NOW), commit.id)
+    count(commit.topic)
+    if not state then
+      state = new_state(commit.id, 'dead', commit.copy)
+      if commit.index then state.topic, state.index = commit.topic, commit.index end
+    end
+    state.lettered = true
+    -- Somebody handles a readable message of that id: leave it to them.
+    if commit.token or state.status ~= 'running' or NOW >= state['until'] then
+      -- It takes over: an older claim settles nothing any more.
+      if not commit.token and state.token > 0 then state.token = next_token() end
+      state.copy, state.status, state.expires = math.max(state.copy, commit.copy), 'dead', 0
+      get_states().give_up(state)
+    end
+    save(state)
+    return state
+  end
+
+  -- Unclaimed: nothing is fenced, but an id is buried once, and not after it was done.
+  function steps.is_buried(commit, state, is_done)
+    local is_dead = state and state.status == 'dead' and commit.copy <= state.copy
+    -- A replay that died unread is buried again: its letter is of the copy before, whose redelivery is dead still.
+    local is_replay = state and state.status == 'replaying' and commit.copy >= state.copy
+    is_dead = is_dead or state and state.status == 'replaying' and not is_replay
+    return is_done or is_dead or (not is_replay and state and state.lettered)
+  end
+
+  return steps
 end
 
-local function handled(commit, state, record)
-  local token = commit.token or next_token()
+-- Return whether there is a record now.
+local function handle(commit, state, record, stored)
+  local token, is_kept = commit.token or next_token(), true
   local first = state and state.first > 0 and state.first or token
-  local expires = expiry(commit.retention, NOW)
-  if record and record.id ~= commit.id and record.first > first then
+  if record and record.first > first and not is_of(record, commit.short_id) then
     -- A newer message of this index was handled while this one ran: it keeps the record.
-    write_mark(commit.id, token, expires)
+    get_changes().write_mark(commit.id, token, commit.expires)
   else
-    local new = {at = NOW, expires = expires, first = first, token = token, id = commit.id, digest = commit.digest}
-    write_record(commit.topic, commit.index, record, new, commit.blob)
+    local new = {at = NOW, retention = commit.retention, first = first, token = token, id = commit.short_id,
+      digest = commit.digest}
+    is_kept = write_record(commit.topic, commit.index, record, stored, new, commit.blob)
   end
   count(commit.topic, 'handled', 1)
-  forget(state)
-end
-
-local function waits(commit, state)
-  local copy = commit.step == 'released' and commit.copy or commit.copy + 1
-  redis.call('HSET', of_id('s', commit.id), 'copy', copy, 'status', 'waiting',
-    'until', digits(NOW + micros(commit.delay)), 'progress', commit.blob)
-  give_up(state)
-end
-
-local function bury(commit, state)
-  drop_letter(commit.id)
-  redis.call('SET', of_id('d', commit.id), struct.pack('>dI4c0', NOW, #commit.topic, commit.topic) .. commit.blob)
-  redis.call('ZADD', PREFIX .. 'letters', digits(NOW), commit.id)
-  redis.call('ZADD', of_topic('l', commit.topic), digits(NOW), commit.id)
-  count(commit.topic)
-  -- Somebody handles a readable message of that id: leave it to them.
-  if not commit.token and state and state.status == 'running' and NOW < state['until'] then return end
-  redis.call('HSET', of_id('s', commit.id), 'copy', math.max(state and state.copy or 0, commit.copy), 'status', 'dead')
-  if not state and commit.index then
-    redis.call('HSET', of_id('s', commit.id), 'topic', commit.topic, 'index', commit.index)
+  if not state or state.lettered or state.exclusive or state.index ~= commit.index or state.topic ~= commit.topic then
+    get_states().forget(state, commit.topic, commit.index)
+  else
+    redis.call('DEL', PREFIX .. 's:' .. state.id)
+    state.is_gone = true
   end
-  if state then
-    -- It takes over: an older claim settles nothing any more.
-    if not commit.token and state.token > 0 then
-      redis.call('HSET', of_id('s', commit.id), 'token', digits(next_token()))
-    end
-    keep_state(state)
-    give_up(state)
-  end
+  return is_kept
 end
 
 local function commit_one(commit)
-  local state = read_state(commit.id)
-  local record = commit.index and read_record(commit.topic, commit.index)
-  local owned = state and commit.token
+  local found = redis.call('MGET', PREFIX .. 's:' .. commit.id, PREFIX .. 'm:' .. commit.id)
+  local state, mark, record, stored = parse_state(commit.id, found[1]), parse_mark(found[2]), nil, nil
+  if commit.index then record, stored = read_record(commit.topic, commit.index) end
+  local is_done = record and is_of(record, commit.short_id)
+  local events, answer, is_kept = {}, 1, stored
   if not commit.token then
-    -- Unclaimed: nothing is fenced, but an id is buried once, and not after it was done.
-    local done = mark_token(commit.id) or (record and record.id == commit.id)
-    local dead = state and state.status == 'dead' and commit.copy <= state.copy
-    -- A replay that died unread is buried again: its letter is of the copy before, whose redelivery is dead still.
-    local is_replay = state and state.status == 'replaying' and commit.copy >= state.copy
-    dead = dead or state and state.status == 'replaying' and not is_replay
-    local is_listed = not is_replay and redis.call('EXISTS', of_id('d', commit.id)) == 1
-    if commit.step == 'dead' and (done or dead or is_listed) then return 1 end
-  elseif is_repeated(commit, state, record) then
+    if commit.step == 'dead' and get_steps().is_buried(commit, state, mark or is_done) then return 1 end
+  elseif commit.step == 'handled' then
+    if (is_done and record.token == commit.token) or mark == commit.token then return 1 end
+  elseif get_steps().is_repeated(commit, state) then
     return 1
-  elseif not state or state.token ~= commit.token or not is_held(state) then
-    if commit.index then
-      local note = commit.notes[#commit.notes] or '{}'
-      tell(commit.topic, commit.index, commit.retention, {event(NOW, 'fenced', note, commit.expires)})
+  end
+  if commit.token and (not state or state.token ~= commit.token or not is_held(state)) then
+    answer, events[1] = 0, {NOW, 'fenced', commit.notes[#commit.notes] or '{}'}
+  else
+    if commit.step == 'handled' then
+      is_kept = handle(commit, state, record, stored)
+    elseif commit.step == 'dead' then
+      state = get_steps().bury(commit, state)
+    elseif state and commit.token then
+      if commit.step == 'mark' then
+        state.progress = commit.blob
+        save(state)
+      else
+        get_steps().wait(commit, state)
+      end
     end
-    return 0
+    if commit.step == 'retry' then count(commit.topic, 'retries', 1) end
+    for number, kind in ipairs(commit.kinds) do events[number] = {NOW, kind, commit.notes[number]} end
   end
-  if commit.step == 'handled' then
-    handled(commit, state, record)
-  elseif commit.step == 'dead' then
-    bury(commit, state)
-  elseif commit.step == 'mark' then
-    if owned then redis.call('HSET', of_id('s', commit.id), 'progress', commit.blob) end
-  elseif owned then
-    waits(commit, state)
-  end
-  if commit.step == 'retry' then count(commit.topic, 'retries', 1) end
   if commit.index then
-    local events = {}
-    for number, kind in ipairs(commit.kinds) do
-      events[number] = event(NOW, kind, commit.notes[number], commit.expires)
-    end
-    tell(commit.topic, commit.index, commit.retention, events)
+    tell(commit.topic, commit.index, commit.expires, events, is_kept or get_states().owns(state, commit.topic, commit.index))
   end
-  return 1
+  return answer
 end
 
-local answers = {}
-for number, values in ipairs(REQUEST) do
-  local commit = named(NAMES, values)
-  commit.blob, commit.notes, commit.expires = take(), {}, expiry(commit.retention, NOW)
-  for place in ipairs(commit.kinds) do commit.notes[place] = take() end
-  answers[number] = commit_one(commit)
+local answers, commits, sorted = {}, REQUEST[1], REQUEST[2]
+for number, values in ipairs(commits) do
+  local blob, id_size, both, notes = take(), values[10], values[10] + values[11], {}
+  for place in ipairs(values[9]) do notes[place] = take() end
+  answers[number] = commit_one({
+    topic = values[1], index = values[2], step = values[3], id = values[4], copy = values[5], token = values[6],
+    retention = values[7], expires = NOW + (values[7] or NEVER), delay = values[8], kinds = values[9], notes = notes,
+    blob = string.sub(blob, both + 1), short_id = string.sub(blob, 1, id_size),
+    digest = string.sub(blob, id_size + 1, both),
+  })
 end
-return finish(answers, #answers)
+for number, place in ipairs(sorted) do sorted[number] = commits[place] end
+write_orders(sorted)
+trim_orders(2 * #commits)
+return finish(answers)

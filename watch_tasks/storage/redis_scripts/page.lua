@@ -2,7 +2,10 @@
 -- Members of equal time are ordered by name, so (score, member) says exactly where the page before ended.
 
 local MOST_BYTES = 4 * 1024 * 1024
-local page = named({'members', 'values', 'newest_first', 'size', 'since', 'last'}, REQUEST)
+local page = {
+  members = REQUEST[1], values = REQUEST[2], newest_first = REQUEST[3], size = REQUEST[4], since = REQUEST[5],
+  last = REQUEST[6],
+}
 local after = #ARGV > 3 and take() or nil
 local key = PREFIX .. page.members
 

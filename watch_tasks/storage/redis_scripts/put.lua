@@ -1,21 +1,23 @@
 -- Keep records as they are; 1 for each that is kept. It counts as claimed now: a message claimed before does not replace
 -- it (protocol §1).
 
-local NAMES = {'topic', 'index', 'id', 'digest', 'at', 'retention', 'only_newer'}
-
-local function put_one(record, blob)
-  local old, at = read_record(record.topic, record.index), micros(record.at)
-  if record.only_newer and old and old.at >= at then return 0 end
-  local token = next_token()
-  local new = {at = at, expires = expiry(record.retention, at), first = token, token = token, id = record.id, digest = record.digest}
-  write_record(record.topic, record.index, old, new, blob)
-  count(record.topic)
-  if new.expires <= NOW then return 0 end
-  local state = read_state(record.id)
-  if state and state.status ~= 'running' then forget(state) end
+local function put_one(topic, index, id, at, retention, is_only_newer, id_size, digest_size)
+  local value = take()
+  local old, stored = read_record(topic, index)
+  if is_only_newer and old and old.at >= at then return 0 end
+  local token, blob = next_token(), id_size + digest_size
+  local new = {at = at, retention = retention, first = token, token = token, id = string.sub(value, 1, id_size),
+    digest = string.sub(value, id_size + 1, blob)}
+  count(topic)
+  if not write_record(topic, index, old, stored, new, string.sub(value, blob + 1)) then return 0 end
+  local state = get_states().read_state(id)
+  if state and state.status ~= 'running' then get_states().forget(state, topic, index) end
   return 1
 end
 
-local kept = {}
-for number, values in ipairs(REQUEST) do kept[number] = put_one(named(NAMES, values), take()) end
-return finish(kept, #kept)
+local kept, puts, sorted = {}, REQUEST[1], REQUEST[2]
+for number, values in ipairs(puts) do kept[number] = put_one(unpack(values, 1, 8)) end
+for number, place in ipairs(sorted) do sorted[number] = puts[place] end
+write_orders(sorted)
+trim_orders(2 * #puts)
+return finish(kept)

@@ -1,15 +1,15 @@
 -- Forget records, and say how many there were; the mark of each id stays for the rest of its retention (protocol §1).
 
-local request = named({'topic', 'indexes'}, REQUEST)
-local note, removed = take(), 0
-for _, index in ipairs(request.indexes) do
-  local record = read_record(request.topic, index)
+local topic, note, removed = REQUEST[1], take(), 0
+for _, index in ipairs(REQUEST[2]) do
+  local record, stored = read_record(topic, index)
+  get_changes().forget_record(topic, index, stored)
   if record then
     removed = removed + 1
-    forget_record(request.topic, index)
-    write_mark(record.id, record.token, record.expires)
-    local retention = record.expires < NEVER and (record.expires - NOW) / 1000000 or nil
-    tell(request.topic, index, retention, {event(NOW, 'removed', note, record.expires)})
+    get_changes().leave_mark(record)
+    tell(topic, index, record.expires, {{NOW, 'removed', note}}, false)
+  else
+    disown(topic, index)
   end
 end
 return removed

@@ -1,0 +1,150 @@
+"""The form of records, dead letters and stories on Redis, as the scripts have it; see `records.lua`, `stories.lua`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from struct import Struct
+from typing import Any, Final, NamedTuple
+
+from .protocol import Granted, Refusal, Refused
+from .stored import Stored, StoredRecord
+
+__all__ = [
+    "Row",
+    "digest_bytes",
+    "escape",
+    "id_bytes",
+    "in_order",
+    "micros",
+    "read_answer",
+    "read_letter",
+    "read_record",
+    "read_story",
+]
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
+_DIGEST: Final = re.compile(r"[0-9a-f]{32}").fullmatch
+
+_FIRST, _ENDLESS, _SECONDS, _NEAR = 1, 2, 16, 32
+_HEAD: Final = Struct(">Bd")  # flags, handled at
+_NUMBER: Final = Struct(">d")
+_SHORT_NUMBER: Final = Struct(">I")
+_LETTER: Final = Struct(">dI")  # dead at, length of the topic
+_EVENT: Final = Struct(">ddB")  # at, end of the story, length of the kind and a flag
+
+
+class Row(NamedTuple):
+    """A record, with what a walk through many asks of it; times in µs."""
+
+    at: float
+    token: float
+    stored: StoredRecord
+
+
+def id_bytes(id: str) -> bytes:
+    """Return an id in short: no other id's bytes are these, or begin with them."""
+    return b"\0" + bytes.fromhex(id.replace("-", "")) if len(id) == 36 and _UUID(id) else _text_bytes(id)
+
+
+def digest_bytes(digest: str) -> bytes:
+    """Return a digest in short: no other digest's bytes are these, or begin with them."""
+    return b"\0" + bytes.fromhex(digest) if len(digest) == 32 and _DIGEST(digest) else _text_bytes(digest)
+
+
+def micros(seconds: float) -> int:
+    """Return whole µs."""
+    return math.floor(seconds * 1_000_000 + 0.5)
+
+
+def in_order(keys: Sequence[Any]) -> list[int]:
+    """Return the numbers of these keys, counted from 1, as they come when sorted."""
+    return [1] if len(keys) == 1 else sorted(range(1, len(keys) + 1), key=lambda number: keys[number - 1])
+
+
+def read_record(topic: str, index: str, value: bytes, now: float, blob: bytes = b"") -> Row | None:
+    """Return a record, or None where its time is over.
+
+    Args:
+        topic: its topic.
+        index: its index.
+        value: what is stored under them.
+        now: µs since the epoch.
+        blob: what was stored apart.
+    """
+    flags, at = _HEAD.unpack_from(value)
+    place = _HEAD.size
+
+    def number(is_short: int) -> float:
+        nonlocal place
+        form = _SHORT_NUMBER if is_short else _NUMBER
+        place += form.size
+        return float(form.unpack_from(value, place - form.size)[0])
+
+    def text() -> tuple[bool, bytes]:
+        nonlocal place
+        is_short = value[place] == 0
+        place += 1
+        size = 16 if is_short else int(number(True))
+        place += size
+        return is_short, value[place - size : place]
+
+    token = at - number(True) if flags & _NEAR else number(False)
+    if flags & _FIRST:
+        number(False)
+    expires = None
+    if not flags & _ENDLESS:
+        expires = at + (number(True) * 1_000_000 if flags & _SECONDS else number(False))
+        if expires <= now:
+            return None
+    is_uuid, id = text()
+    is_hex, digest = text()
+    stored = StoredRecord(
+        topic=topic,
+        index=index,
+        id=_uuid(id.hex()) if is_uuid else id.decode(),
+        digest=digest.hex() if is_hex else digest.decode(),
+        at=at / 1_000_000,
+        expires=None if expires is None else expires / 1_000_000,
+        blob=blob or value[place:],
+    )
+    return Row(at, token, stored)
+
+
+def read_letter(value: bytes) -> Stored:
+    """Return a dead letter."""
+    at, size = _LETTER.unpack_from(value)
+    return Stored(at / 1_000_000, value[_LETTER.size + size :])
+
+
+def read_story(events: Sequence[bytes], now: float) -> Iterator[tuple[float, str, bytes]]:
+    """Yield (time, kind, note) of each event, or nothing where the story is over by now (µs)."""
+    if _EVENT.unpack_from(events[-1])[1] <= now:
+        return
+    for event in events:
+        at, _, size = _EVENT.unpack_from(event)
+        note = _EVENT.size + size % 128
+        yield at / 1_000_000, event[_EVENT.size : note].decode(), event[note:]
+
+
+def read_answer(answer: list[Any]) -> Granted | Refused:
+    """Return what a claim is answered."""
+    if answer[0] == b"granted":
+        _, token, copy, progress, crashes, now = answer
+        return Granted(token, copy, progress, crashes, now / 1_000_000)
+    return Refused(Refusal(answer[0].decode()), answer[1] / 1_000_000)
+
+
+def escape(topic: str) -> str:
+    """Return a topic as it stands in keys; one that nobody knows may have a `:`."""
+    return topic.replace("%", "%25").replace(":", "%3A")
+
+
+def _text_bytes(text: str) -> bytes:
+    raw = text.encode()
+    return b"\1" + _SHORT_NUMBER.pack(len(raw)) + raw
+
+
+def _uuid(digits: str) -> str:
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

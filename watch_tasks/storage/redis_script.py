@@ -1,0 +1,68 @@
+"""The scripts in `redis_scripts/`: what each is put together from, how it is called, how much it is given at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from typing import Any, Final
+
+from redis.exceptions import NoScriptError
+
+__all__ = ["Script", "cut", "read_script"]
+
+#: Items that one call of a script takes, and bytes: while it runs, the server does nothing else.
+_MOST_ITEMS: Final = 500
+_MOST_BYTES: Final = 16 * 1024 * 1024
+
+#: What each script needs before its own text; what it does not need would cost some µs with every call.
+_CHANGING: Final = ("records", "stories", "states", "orders", "changes")
+_PARTS: Final = {
+    "claim": ("records", "stories", "states"),
+    "commit": _CHANGING,
+    "count": ("orders",),
+    "drop_letter": ("stories", "states"),
+    "get": ("records",),
+    "page_records": ("records", "orders"),
+    "put": _CHANGING,
+    "release": ("stories", "states"),
+    "remove": ("records", "stories", "orders", "changes"),
+    "renew": ("stories", "states"),
+    "replay": ("records", "stories", "states"),
+    "scan": ("orders",),
+    "tend": ("records", "stories", "orders", "changes"),
+}
+
+
+def read_script(name: str) -> str:
+    """Return the text of a script with all its parts."""
+    folder = files(__package__) / "redis_scripts"
+    parts = ("common", *_PARTS.get(name, ()), name)
+    return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)
+
+
+class Script:
+    """A script by its digest; the server is told its text when it does not know it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.encode()
+        self._digest = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
+
+    def __call__(self, execute: Callable[..., Any], *args: bytes | str) -> Any:
+        try:
+            return execute("EVALSHA", self._digest, 0, *args)
+        except NoScriptError:
+            return execute("EVAL", self._text, 0, *args)
+
+
+def cut(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> Iterator[list[Any]]:
+    """Cut what is too much for one script; usually it is one part."""
+    part: list[Any] = []
+    total = 0
+    for item in items:
+        if part and (len(part) == _MOST_ITEMS or total > _MOST_BYTES):
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
+    yield part
