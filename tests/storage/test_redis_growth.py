@@ -267,6 +267,15 @@ def test_what_expired_is_trimmed_a_little_with_each_write(
     assert sizes[-1] == 310
 
 
+def test_writes_of_many_trim_as_many(server: RedisServer, storage: RedisStorage, clock: ManualClock) -> None:
+    with server.client() as client:
+        for number in range(4):
+            storage._put([_put(f"{number}-{place}", clock(), WEEK, f"m{number}-{place}") for place in range(500)])
+            clock.advance(WEEK)
+
+            assert client.hlen("watch:r:orders") == 500
+
+
 def test_many_that_expire_are_forgotten_in_bounded_steps(
     server: RedisServer, storage: RedisStorage, clock: ManualClock
 ) -> None:

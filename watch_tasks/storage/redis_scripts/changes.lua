@@ -33,7 +33,7 @@ local function get_changes()
     for _, pair in ipairs(orders_of(topic, stored)) do get_moves().leave(pair[1], pair[2], index) end
   end
 
-  -- Forget up to `most` records of an order's first leaf that are over, and end their stories; return how many there were.
+  -- Forget up to `most` records of the first leaf that are over, and end their stories; return how many there were.
   function changes.trim(order, fence, most)
     local topic, leaf, fence_time, over = order.topic, order.leaves .. fence, time_of(fence), {}
     for number, entry in ipairs(redis.call('LRANGE', leaf, 0, most - 1)) do
@@ -99,12 +99,22 @@ local function write_record(topic, index, old, stored, new, blob)
   return true
 end
 
--- Trim the orders that were touched: a little more than was written to them, so that they do not grow.
+-- Forget up to `most` records of an order that are over, and return how many there were.
+local function trim_order(order, most)
+  local trimmed = 0
+  while order.length and trimmed < most do
+    local fence = redis.call('ZRANGE', order.fences, 0, 0)[1]
+    if not fence or time_of(fence) + order.length > NOW then break end
+    local count = get_changes().trim(order, fence, most - trimmed)
+    if count == 0 then break end
+    trimmed = trimmed + count
+  end
+  return trimmed
+end
+
+-- Trim the orders that were touched: more than was written to them, so that they do not grow.
 local function trim_orders(most)
   for _, of in pairs(orders) do
-    for _, order in pairs(of) do
-      local fence = order.length and redis.call('ZRANGE', order.fences, 0, 0)[1]
-      if fence and time_of(fence) + order.length <= NOW then get_changes().trim(order, fence, most) end
-    end
+    for _, order in pairs(of) do trim_order(order, most) end
   end
 end

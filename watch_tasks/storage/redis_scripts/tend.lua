@@ -12,11 +12,7 @@ local trimmed = 0
 for _, topic in ipairs(topics) do
   for _, name in ipairs(redis.call('SMEMBERS', of_topic('o', topic))) do
     if trimmed >= most then return trimmed end
-    local order = get_order(topic, name)
-    local fence = order.length and redis.call('ZRANGE', order.fences, 0, 0)[1]
-    if fence and time_of(fence) + order.length <= NOW then
-      trimmed = trimmed + get_changes().trim(order, fence, most - trimmed)
-    end
+    trimmed = trimmed + trim_order(get_order(topic, name), most - trimmed)
   end
 end
 return trimmed
