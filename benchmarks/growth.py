@@ -42,6 +42,8 @@ RETENTION = timedelta(seconds=WEEK)
 SINGLES, HUNDREDS = 200, 10
 #: Messages a second while records end, and of these those whose claim is measured.
 FLOW, PROBED = 1000, 100
+#: Records with a story that are written in a second, at least, before they end.
+FILLED = 3500
 
 
 def main() -> None:
@@ -308,7 +310,7 @@ def told(record: Record, end: float) -> Commit:
 def end_many(url: str, count: int, window: float) -> Iterator[tuple[str, str]]:
     with open_storage(url) as storage:
         # Filled, then measured in quiet, then they end within a second, and so do their stories.
-        end = time.time() + count / 5000 + window + 10
+        end = time.time() + count / FILLED + window + 10
         source = records("orders", count, end - WEEK, 1 / count)
         for page in iter(lambda: list(islice(source, 200)), []):
             storage.restore(page)

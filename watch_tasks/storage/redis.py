@@ -60,10 +60,10 @@ __all__ = ["RedisStorage", "open_url"]
 #: The form of the keys that this version reads and writes.
 LAYOUT: Final = 2
 
-#: Records that one script of `tend` forgets: it runs for some 0.1 ms.
+#: Records that one script of `tend` forgets, with their stories, in less than 1 ms.
 _MOST_TENDED: Final = 64
 #: Seconds that one `tend` takes at most, of which the server is busy half, and between two of any processes.
-_TENDING, _TEND_PAUSE = 0.2, 1.0
+_TENDING, _TEND_PAUSE = 0.4, 1.0
 #: Topics that one script of `tend` looks at.
 _MOST_TOPICS: Final = 32
 
@@ -265,7 +265,7 @@ class RedisStorage(Storage):
     # -- life
 
     def tend(self) -> None:
-        """Forget records that are over, in many short scripts with as long a pause after each; at most for 0.2 s.
+        """Forget records that are over, in many short scripts with as long a pause after each; at most for 0.4 s.
 
         Where another process did so within the last second, there is nothing to do.
         """

@@ -54,7 +54,16 @@ local function get_changes()
     end
     redis.call('HDEL', of_topic('r', topic), unpack(over))
     if redis.call('EXISTS', of_topic('b', topic)) == 1 then redis.call('HDEL', of_topic('b', topic), unpack(over)) end
-    for _, index in ipairs(over) do disown(topic, index, true) end
+    local ended, prefix = {}, of_topic('t', topic) .. ':'
+    for _, index in ipairs(over) do
+      local last = redis.call('LINDEX', prefix .. index, -1)
+      if last and select(2, struct.unpack('>dd', last)) <= NOW then
+        ended[#ended + 1] = prefix .. index
+      elseif last then
+        disown(topic, index, true)
+      end
+    end
+    if ended[1] then redis.call('UNLINK', unpack(ended)) end
     return #over
   end
 
