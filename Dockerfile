@@ -6,7 +6,7 @@ RUN python3 -m venv --without-pip /opt/watch
 # that is empty, and takes it out again.
 COPY pyproject.toml constraints.txt ./
 RUN touch README.md LICENSE && mkdir watch_tasks && touch watch_tasks/__init__.py \
- && pip --python /opt/watch/bin/python install --no-cache-dir --quiet -c constraints.txt . \
+ && pip --python /opt/watch/bin/python install --no-cache-dir --quiet -c constraints.txt '.[sql]' \
  && pip --python /opt/watch/bin/python uninstall --quiet --yes watch-tasks
 COPY README.md LICENSE ./
 COPY watch_tasks watch_tasks
