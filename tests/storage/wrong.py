@@ -1,12 +1,17 @@
-"""A storage that is wrong on purpose: the suite is worth something only if it fails this one."""
+"""Storages that are wrong on purpose: a test is worth something only if it fails them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from sqlalchemy import Connection, make_url
+
+from watch_tasks.storage.kept import Key
 from watch_tasks.storage.memory import MemoryStorage
 from watch_tasks.storage.protocol import Claim, Granted, Refused
+from watch_tasks.storage.sql import SqlStorage
+from watch_tasks.storage.sql.postgres import Postgres
 
 
 class CheckThenWriteStorage(MemoryStorage):
@@ -24,3 +29,18 @@ class CheckThenWriteStorage(MemoryStorage):
             if holders[key] is None and (holder := kept.holder(key)):
                 kept.let_go(key, holder)
         return super()._claim(claims)
+
+
+class Unlocked(Postgres):
+    """Locks nothing: a transaction alone does not keep two from reading before either writes."""
+
+    def lock(self, connection: Connection, ids: Iterable[str], keys: Iterable[Key]) -> int:
+        return super().lock(connection, (), ())
+
+
+class UnlockedStorage(SqlStorage):
+    """On PostgreSQL, with its transactions and without its locks."""
+
+    @classmethod
+    def open(cls, url: str) -> UnlockedStorage:
+        return cls(Unlocked(make_url(url).set(drivername="postgresql+psycopg"), None))

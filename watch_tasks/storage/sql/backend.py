@@ -123,6 +123,10 @@ class Backend(ABC):
     def is_away(self, error: DBAPIError) -> bool:
         """Whether an error passes: it is over when the server is back, free or writable again."""
 
+    def is_forbidden(self, error: DBAPIError) -> bool:
+        """Whether an error says that whoever connected may not do that."""
+        return False
+
     def bound(self, connection: Connection, seconds: float | None = ANSWER) -> None:
         """Bound the time that each answer may take on this connection; None: whoever uses it bounds it."""
 

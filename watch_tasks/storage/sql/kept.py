@@ -19,13 +19,15 @@ __all__ = ["SqlKept", "micros", "seconds"]
 
 #: The end of a story is written anew only when it moves by this share of the retention: it is in an index.
 _COARSE: Final = 0.01
+#: Seconds whose µs fit into 64 bits.
+_MOST_SECONDS: Final = 9e12
 #: A story is cut to its length once in so many events.
 _TRIM_EVERY: Final = 50
 
 
 def micros(seconds: float) -> int:
-    """Return seconds as whole µs."""
-    return round(seconds * 1_000_000)
+    """Return seconds as whole µs; at most what a column holds, some 292,000 years."""
+    return round(min(seconds, _MOST_SECONDS) * 1_000_000)
 
 
 def seconds(micros: int) -> float:
@@ -48,6 +50,7 @@ class _Index:
         self.number: int | None = row["number"]
         self.holder: str | None = row["holder"]
         is_there = self.number is not None
+        self.is_new = not is_there
         self.events: int = row["events"] if is_there else 0
         self.expires = _end(row["story_expires"]) if is_there else 0.0
         #: Whether its story is over: what lies there of it is to go.
@@ -95,7 +98,10 @@ class SqlKept(Kept):
         self._changed: dict[str, set[Any]] = defaultdict(set)
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTERS, 0))
         self._load_ids(set(ids))
-        self._load_keys({*keys, *(state.key for state in self._states.values() if state and state.key)})
+        others = {state.key for state in self._states.values() if state and state.key} - set(keys)
+        if others:  # an id that was sent under two indexes, or has just been
+            backend.lock(connection, (), others)
+        self._load_keys({*keys, *others})
         self._load_ids({index.holder for index in self._indexes.values() if index.holder} - self._states.keys())
 
     # -- loading
@@ -210,17 +216,17 @@ class SqlKept(Kept):
 
     def flush(self) -> None:
         """Write what the rules changed."""
-        tables = self._tables
-        self._write(tables.states, {(id,): self._states[id] for id in self._changed["states"]}, _state_row)
-        self._write(tables.marks, {(id,): self._marks[id] for id in self._changed["marks"]}, _mark_row)
-        self._write(tables.letters, {(id,): self._letters[id] for id in self._changed["letters"]}, _letter_row)
-        records = {key: self._records[key] for key in self._changed["records"]}
+        # In one order everywhere, so that nobody waits in a circle: marks of other ids, and counters, are not locked.
+        tables, changed = self._tables, {what: sorted(which) for what, which in self._changed.items()}
+        self._write(tables.states, {(id,): self._states[id] for id in changed.get("states", ())}, _state_row)
+        self._write(tables.marks, {(id,): self._marks[id] for id in changed.get("marks", ())}, _mark_row)
+        self._write(tables.letters, {(id,): self._letters[id] for id in changed.get("letters", ())}, _letter_row)
+        records = {key: self._records[key] for key in changed.get("records", ())}
         for key, entry in records.items():
             self._counts[key[0]]["records"] += (entry is not None) - (key in self._rows)
         self._write(tables.records, records, _record_row)
         self._write_indexes()
         slot = random.randrange(SLOTS)  # noqa: S311 - no secret
-        # In one order everywhere, so that nobody waits in a circle.
         counts = [{"topic": topic, "slot": slot, **self._counts[topic]} for topic in sorted(self._counts)]
         self._run(self._statements.count, counts)
 
@@ -233,19 +239,17 @@ class SqlKept(Kept):
         )
 
     def _write_indexes(self) -> None:
+        self._add_indexes()
         events, trims, updates = [], [], []
-        for (topic, name), index in self._indexes.items():
+        for index in self._indexes.values():
             if not index.told and not index.is_changed:
                 continue
             before = 0 if index.is_over else index.events
             if index.is_over:
                 trims.append({"of": index.number, "upto": index.events})
             after = index.events + len(index.told)
-            row = {"holder": index.holder, "events": after, "expires": _ends(index.expires)}
-            if index.number is None:
-                added = {"topic": topic, "index": name, **row}
-                index.number = self._connection.execute(self._statements.add_index, added).scalar_one()
-            else:
+            if not index.is_new:
+                row = {"holder": index.holder, "events": after, "expires": _ends(index.expires)}
                 updates.append({"of": index.number, **row})
             for place, (at, kind, note) in enumerate(index.told, index.events + 1):
                 events.append({"number": index.number, "place": place, "at": micros(at), "kind": kind, "note": note})
@@ -255,6 +259,17 @@ class SqlKept(Kept):
         self._run(self._statements.trim_events, trims)
         self._run(self._statements.add_events, events)
         self._run(self._statements.save_index, updates)
+
+    def _add_indexes(self) -> None:
+        """Give each index a number that is told of for the first time."""
+        added: list[dict[str, Any]] = []
+        for (topic, name), index in self._indexes.items():
+            if index.is_new and (index.told or index.is_changed):
+                row = {"holder": index.holder, "events": len(index.told), "expires": _ends(index.expires)}
+                added.append({"topic": topic, "index": name, **row})
+        if added:
+            for number, topic, name in self._connection.execute(self._statements.add_index, added):
+                self._indexes[topic, name].number = number
 
     def _run(self, statement: Executable, rows: list[dict[str, Any]]) -> None:
         if rows:

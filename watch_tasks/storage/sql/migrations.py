@@ -11,27 +11,26 @@ from ...errors import ConfigurationError
 from .backend import Backend
 from .tables import VERSION, Tables
 
-__all__ = ["migrate", "pending", "require"]
+__all__ = ["is_made", "migrate", "pending"]
 
 
-def require(connection: Connection, backend: Backend, tables: Tables) -> None:
-    """See to it that the tables are those of this release; in an empty database they are made.
+def is_made(connection: Connection, tables: Tables) -> bool:
+    """Return whether the tables are there, and of this release.
 
     Raises:
         ConfigurationError: they are of another version: only `watch-tasks storage migrate` changes them.
     """
     version = _version(connection, tables)
-    if version == 0:
-        migrate(connection, backend, tables)
-    elif version < VERSION:
+    if 0 < version < VERSION:
         raise ConfigurationError(
             f"the storage's tables are of version {version}, this release needs {VERSION}: stop its workers, then run "
             "`watch-tasks storage migrate`"
         )
-    elif version > VERSION:
+    if version > VERSION:
         raise ConfigurationError(
             f"the storage's tables are of version {version}, this release knows {VERSION}: use the newer watch-tasks"
         )
+    return version > 0
 
 
 def pending(connection: Connection, backend: Backend, tables: Tables) -> list[str]:

@@ -47,22 +47,32 @@ _KEEPALIVES: Final[dict[str, Any]] = {
 }
 _NOTICED: Final = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 
+#: For how long a statement waits for a lock, and a transaction for its next statement.
+_WAITING: Final = f"{ANSWER - 1:g}s"
+_STOPPED: Final = f"{2 * ANSWER:g}s"
+
 _NOW: Final = "CAST(floor(extract(epoch FROM {}) * 1000000) AS bigint)"
 #: In one order everywhere, so that nobody waits in a circle; the time is told when all are held.
+#: From here on the transaction waits for nobody longer than the answer may take, and one that stops in the middle, with
+#: its worker, ends and frees what it locked. A handler's own statements ran before.
 _LOCK: Final = text(
-    f"SELECT count(locked), {_NOW.format('clock_timestamp()')} "  # noqa: S608 - a constant
-    "FROM (SELECT pg_advisory_xact_lock(name) AS locked FROM unnest(:names) AS name) AS held"
+    f"SELECT count(locked), {_NOW.format('clock_timestamp()')} FROM (SELECT pg_advisory_xact_lock(name) AS locked FROM "  # noqa: S608 - constants
+    f"(SELECT set_config('lock_timeout', '{_WAITING}', true), "
+    f"set_config('idle_in_transaction_session_timeout', '{_STOPPED}', true) OFFSET 0) AS bounds, "
+    "unnest(:names) AS name) AS held"
 ).bindparams(bindparam("names", type_=postgresql.ARRAY(BigInteger())))
 
 _TRY: Final = text("SELECT pg_try_advisory_xact_lock(name) FROM unnest(:names) AS name").bindparams(
     bindparam("names", type_=postgresql.ARRAY(BigInteger()))
 )
 
-#: No row is locked for it until the commit, as a counter's would be. Two at the same instant may both see the sequence
-#: before either moves it, but not for the same message or index, which are locked.
+#: Nothing is locked for it until the commit, as a counter's row would be: only while the sequence moves, because two
+#: that moved it at the same instant would both get the same tokens.
 _TOKENS: Final = text(
-    "SELECT setval(CAST(:name AS regclass), greatest(nextval(CAST(:name AS regclass)), :least) + :more)"
-)
+    "WITH held AS MATERIALIZED (SELECT pg_advisory_lock(:lock)), moved AS MATERIALIZED (SELECT setval("
+    "CAST(:name AS regclass), greatest(nextval(CAST(:name AS regclass)), :least) + :more) AS token FROM held), "
+    "freed AS MATERIALIZED (SELECT token, pg_advisory_unlock(:lock) FROM moved) SELECT token FROM freed"
+).bindparams(bindparam("lock", type_=BigInteger()))
 
 #: SQLSTATE classes and codes of what passes: no connection; no resources; stopped; system error; deadlock and the like;
 #: lock not available; read-only, after a failover.
@@ -134,8 +144,13 @@ class Postgres(Backend):
         return list(connection.execute(_TRY, {"names": [_number(*name) for name in names]}).scalars())
 
     def tokens(self, connection: Connection, tables: Tables, count: int, least: int) -> int:
-        asked = {"name": f"{tables.prefix}token", "least": least, "more": count - 1}
-        return int(connection.execute(_TOKENS, asked).scalar_one()) - count + 1
+        name = f"{tables.prefix}token"
+        asked = {"lock": _number("the", "sequence", name), "name": name, "least": least, "more": count - 1}
+        try:
+            return int(connection.execute(_TOKENS, asked).scalar_one()) - count + 1
+        except DBAPIError:
+            connection.invalidate()  # where the sequence did not move, this lock would stay
+            raise
 
     def last_token(self, tables: Tables) -> ColumnElement[int]:
         sequence = literal_column("last_value", BigInteger())
@@ -149,6 +164,9 @@ class Postgres(Backend):
         if error.connection_invalidated or state is None:
             return error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError)
         return state[:2] in _PASSING or state in _PASSING
+
+    def is_forbidden(self, error: DBAPIError) -> bool:
+        return isinstance(error.orig, errors.InsufficientPrivilege)
 
     def bound(self, connection: Connection, seconds: float | None = ANSWER) -> None:
         driver = connection.connection.driver_connection

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
-from sqlalchemy import Connection, Engine, FromClause, bindparam, create_engine, event, func, select
+from sqlalchemy import URL, Connection, Engine, FromClause, bindparam, create_engine, event, func, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import SchemaItem
@@ -26,29 +26,52 @@ __all__ = ["Sqlite"]
 #: Execution option of connections that only read.
 _READS: Final = "watch_reads"
 
-#: Of what passes: another writer, a full disk, a file that is not there.
-_PASSING: Final = re.compile(
-    r"database (table )?is locked|disk I/O error|database or disk is full|readonly database|unable to open database"
+#: Of what passes: another writer, a full disk, a file that is not there or may not be written just now.
+_PASSING: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+    }
 )
 
 
 class Sqlite(Backend):
-    """A SQLite file, which the processes of one machine share. Its clock is the machine's."""
+    """A SQLite file, which the processes of one machine share. Its clock is the machine's.
+
+    Args:
+        url: names the file.
+        clock: seconds since the epoch, for tests; None: the machine's.
+        timeout: seconds to wait for others that write.
+    """
 
     insert = staticmethod(sqlite.insert)
     reading: ClassVar[dict[str, Any]] = {_READS: True}
 
+    def __init__(self, url: URL, clock: Callable[[], float] | None, *, timeout: float = ANSWER) -> None:
+        super().__init__(url, clock)
+        self._timeout = timeout
+
     def _open(self) -> Engine:
         self._turn = threading.Lock()
         engine = create_engine(
-            self.url, connect_args={"timeout": ANSWER, "check_same_thread": False}, max_overflow=20, pool_timeout=ANSWER
+            self.url,
+            connect_args={"timeout": self._timeout, "check_same_thread": False},
+            max_overflow=20,
+            pool_timeout=ANSWER,
         )
 
         @event.listens_for(engine, "connect")
         def set_up(connection: sqlite3.Connection, record: object) -> None:
             connection.isolation_level = None  # we begin transactions, not the driver
             # Readers and one writer do not wait for each other; what was committed survives a loss of power.
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_wal(connection, self._timeout)
             connection.execute("PRAGMA synchronous = FULL")
 
         @event.listens_for(engine, "begin")
@@ -64,7 +87,7 @@ class Sqlite(Backend):
     def turn(self) -> Iterator[None]:
         # SQLite asks again and again after ever longer pauses; the threads of one process need not.
         _ = self.engine
-        has_turn = self._turn.acquire(timeout=ANSWER)
+        has_turn = self._turn.acquire(timeout=self._timeout)
         try:
             yield
         finally:
@@ -105,7 +128,8 @@ class Sqlite(Backend):
         return []
 
     def is_away(self, error: DBAPIError) -> bool:
-        return bool(_PASSING.search(str(error.orig)))
+        # The lower half is the error, the upper one tells more of it: https://www.sqlite.org/rescode.html
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _PASSING
 
     def check(self, connection: Connection) -> list[tuple[str, bool, str, str]]:
         version, mode = sqlite3.sqlite_version, connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
@@ -119,3 +143,16 @@ class Sqlite(Backend):
                 "" if mode == "wal" else "keep the file on a local disk: a network file system has no WAL",
             ),
         ]
+
+
+def _use_wal(connection: sqlite3.Connection, timeout: float) -> None:
+    """Put a new file into WAL mode; of several that do so at once, SQLite has some fail without any wait."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)

@@ -79,7 +79,7 @@ class Statements:
         self.save = {table: self._replacing(table) for table in (records, states, marks, letters)}
         #: Table → deletes one row by its key.
         self.drop = {table: self._dropping(table) for table in (records, states, marks, letters)}
-        self.add_index = indexes.insert().returning(indexes.c.number)
+        self.add_index = indexes.insert().returning(indexes.c.number, indexes.c.topic, indexes.c.index)
         self.save_index = update(indexes).where(indexes.c.number == bindparam("of"))
         self.add_events = events.insert()
         self.trim_events = delete(events).where(events.c.number == bindparam("of"), events.c.place <= bindparam("upto"))

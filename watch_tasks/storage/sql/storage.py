@@ -16,7 +16,13 @@ from sqlalchemy import Connection, Executable, RowMapping, Table, delete, litera
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from ...errors import StorageClosedError, StorageError, StorageUnavailableError, TransactionLostError
+from ...errors import (
+    ConfigurationError,
+    StorageClosedError,
+    StorageError,
+    StorageUnavailableError,
+    TransactionLostError,
+)
 from ...record import Counters
 from ..base import PAGE, Storage, Transaction
 from ..kept import Key
@@ -38,6 +44,8 @@ T = TypeVar("T")
 _MOST: Final = 100
 #: Seconds that the steps of one `tend` take together.
 _TENDING: Final = 0.1
+#: Seconds within which a broken connection is replaced by another; later, the server is away.
+_AT_ONCE: Final = 1.0
 
 
 class SqlStorage(Storage):
@@ -59,7 +67,8 @@ class SqlStorage(Storage):
         self._backend = backend
         self._statements = backend.statements(prefix)
         self._tables = self._statements.tables
-        self._name = backend.url.render_as_string(hide_password=True)
+        # Without the options: a password may be among them.
+        self._name = backend.url.set(query={}).render_as_string(hide_password=True)
         self._closed = False
         self._is_ready = False
 
@@ -87,12 +96,13 @@ class SqlStorage(Storage):
         return self._in_parts(commits, lambda part: self._step(*_named(part), _settling(part)))
 
     def _renew(self, worker: str, ids: Sequence[str], lease: float) -> set[str]:
-        asked = {"of": worker, "lease": micros(lease), **self._backend.listing("ids", [(id,) for id in ids])}
+        def renew(connection: Connection, part: Sequence[str]) -> list[str]:
+            # Unlocked, a commit meanwhile would write the end of the lease that it had read, or wait in a circle.
+            self._backend.lock(connection, part, [])
+            asked = {"of": worker, "lease": micros(lease), **self._backend.listing("ids", [(id,) for id in part])}
+            return list(connection.execute(self._statements.renew, {**asked, **self._backend.timing()}).scalars())
 
-        def renew(connection: Connection) -> set[str]:
-            return set(connection.execute(self._statements.renew, {**asked, **self._backend.timing()}).scalars())
-
-        return self._transact(renew)
+        return set(self._in_parts(ids, lambda part: self._transact(lambda connection: renew(connection, part))))
 
     def _release(self, worker: str, ids: Sequence[str], crashed: bool) -> list[int]:
         return self._in_parts(
@@ -246,13 +256,13 @@ class SqlStorage(Storage):
 
     def migrations(self) -> list[str]:
         """Return the statements that `migrate` would run; none: the tables are those of this release."""
-        with self._translated(), self._backend.engine.connect() as connection:
-            return migrations.pending(connection, self._backend, self._tables)
+        with self._translated():
+            return self._connected(lambda connection: migrations.pending(connection, self._backend, self._tables))
 
     def migrate(self) -> list[str]:
         """Bring the tables to this release's version, and return the statements that were run. Twice is safe."""
-        with self._translated(), self._backend.engine.begin() as connection:
-            return migrations.migrate(connection, self._backend, self._tables)
+        with self._translated():
+            return self._connected(self._migrate, commits=True)
 
     # -- the seam to SQLAlchemy
 
@@ -296,14 +306,15 @@ class SqlStorage(Storage):
             return self._connected(lambda connection: connection.execute(statement, asked).mappings().all())
 
     def _connected(self, work: Callable[[Connection], R], *, commits: bool = False) -> R:
-        """Do something on a connection; once more, where that was found broken: an idle one, by a restart."""
+        """Do something on a connection; once more, where that is found broken at once: an idle one, by a restart."""
+        begun = time.monotonic()
         for tries in (1, 2):
             options = {} if commits else self._backend.reading
             with self._backend.engine.connect().execution_options(**options) as connection:
                 try:
                     answer = work(connection)
                 except DBAPIError as exc:
-                    if tries == 1 and exc.connection_invalidated:
+                    if tries == 1 and exc.connection_invalidated and time.monotonic() - begun < _AT_ONCE:
                         continue
                     raise
                 if commits:
@@ -312,10 +323,23 @@ class SqlStorage(Storage):
         raise AssertionError("not reached: the second try returns or raises")
 
     def _make_ready(self) -> None:
-        if not self._is_ready:
-            with self._backend.engine.begin() as connection:
-                migrations.require(connection, self._backend, self._tables)
-            self._is_ready = True
+        if self._is_ready:
+            return
+        if not self._connected(lambda connection: migrations.is_made(connection, self._tables)):
+            try:
+                with self._backend.turn():
+                    self._connected(self._migrate, commits=True)
+            except DBAPIError as exc:
+                if self._backend.is_forbidden(exc):
+                    raise ConfigurationError(
+                        f"the tables of storage `{self._name}` are not there, and its role may not make them: run "
+                        "`watch-tasks storage migrate` as their owner, and grant this role their use"
+                    ) from exc
+                raise
+        self._is_ready = True
+
+    def _migrate(self, connection: Connection) -> list[str]:
+        return migrations.migrate(connection, self._backend, self._tables)
 
     @contextmanager
     def _translated(self, away: type[StorageUnavailableError] = StorageUnavailableError) -> Iterator[None]:
@@ -334,7 +358,7 @@ class SqlStorage(Storage):
         is_away = isinstance(error, PoolTimeoutError) or (
             isinstance(error, DBAPIError) and self._backend.is_away(error)
         )
-        return (StorageUnavailableError if is_away else StorageError)(self._text(error))
+        return (away if is_away else StorageError)(self._text(error))
 
     def _text(self, error: SQLAlchemyError) -> str:
         cause = getattr(error, "orig", None) or error
