@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -25,6 +26,8 @@ __all__ = ["RecordPromises"]
 _NASTY = [
     "a:b", ":", "::", "%", "%3A", "*", "?", "[a]", "{a}", "a/b", "../x", "'", '"', "\\", ";--", "\u00e9", "e\u0301",
     "日本語", "🦊", "ß", "SS", "ss", "a", "A", "x" * 512, "0", "None", "orders", "r:orders:a", "token", "letters",
+    "_", "a_", "%s", "%(of)s", ":of", "$1", "\\0", "\\\\", "'; DROP TABLE watch_records; --", "' OR '1'='1",
+    "\u212b", "\u00c5",
 ]  # fmt: skip
 _INDEXES = st.one_of(
     st.sampled_from(_NASTY),
@@ -171,6 +174,23 @@ class RecordPromises:
         assert {place: len(list(storage.explain(*place))) - before[place] for place in places} == dict.fromkeys(
             places, 1
         )
+
+    @_ON_ONE_STORAGE
+    @given(topics=st.lists(st.sampled_from(_NASTY) | st.text(max_size=20), min_size=2, max_size=6, unique=True))
+    @example(topics=["", "\x00", "\\0", "a\x00", "a", "\n", "%", "*", "null"])
+    def test_no_two_names_share_their_dead_letters(self, storage: Storage, topics: list[str]) -> None:
+        """A message that cannot be read may name any topic."""
+        ids = {topic: str(uuid4()) for topic in topics}
+        for topic, id in ids.items():
+            storage.commit(unclaimed(Step.DEAD, id, topic, topic=topic))
+
+        assert {topic: [letter.id for letter in storage.dead(topic)] for topic in topics if topic} == {
+            topic: [id] for topic, id in ids.items() if topic
+        }
+        assert {letter.id for letter in storage.dead()} == set(ids.values())
+        assert [storage.counters(topic).dead for topic in topics if topic] == [1] * sum(map(bool, topics))
+        assert {topic for topic in topics if topic} <= storage.topics()
+        assert all(storage.dead_remove(id) for id in ids.values())
 
     @pytest.mark.parametrize("index", ["", "a\nb", "x" * 513])
     def test_an_index_that_is_none_is_refused(self, storage: Storage, index: str) -> None:
