@@ -97,6 +97,9 @@ def test_the_holder_of_an_index_is_known_though_its_story_is_over(
     assert not isinstance(storage.claim(ask("m2", once="index")), Granted)
     assert storage.commit(settle(Step.HANDLED, claim, granted))
     assert [event.event for event in storage.explain(TOPIC, "order-1")] == ["busy", "handled"]
+    clock.advance(WEEK + 1)
+    storage.tend()
+    assert (rows("indexes"), rows("events")) == (0, 0)
 
 
 def test_what_somebody_has_in_hand_is_not_forgotten_meanwhile(storage: SqlStorage, clock: ManualClock) -> None:

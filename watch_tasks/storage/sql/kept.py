@@ -52,7 +52,8 @@ class _Index:
         is_there = self.number is not None
         self.is_new = not is_there
         self.events: int = row["events"] if is_there else 0
-        self.expires = _end(row["story_expires"]) if is_there else 0.0
+        # Without events it has no story: the row is there because somebody holds the index.
+        self.expires = _end(row["story_expires"]) if self.events else 0.0
         #: Whether its story is over: what lies there of it is to go.
         self.is_over = is_there and self.expires <= now
         self.is_changed = False
