@@ -7,11 +7,13 @@ it. For the others that is left to `Pipeline.settle`, except the marks between t
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from . import points
 from .errors import StorageUnavailableError, TransactionLostError
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 _Notes = list[tuple[str, bytes]]
 
+#: Seconds after which a message whose transaction was lost comes again: from, to. At once would be a hot loop where the
+#: cause lasts, and two that met in a deadlock would meet again.
+_AGAIN: Final = (0.1, 1.0)
+
 
 class _Delivery:
     """How far the handlers of one delivery have come."""
@@ -40,6 +46,8 @@ class _Delivery:
         self.left = [handler for handler in work.topic.handlers if handler.name not in work.progress.handled]
         #: Events that are not stored yet.
         self.notes: _Notes = []
+        #: Whether nobody knows if the last commit holds.
+        self.is_unsure = False
         self._started = time.monotonic()
 
     def spent(self) -> float:
@@ -88,7 +96,7 @@ class Runner:
                 return self._failed(work, handler.name, exc, time.monotonic() - begun, delivery.notes)
             except BaseException:
                 # Where nobody stops the worker, its handler brought this upon its process: that counts as a crash.
-                if self._stopping():
+                if self._stopping() and not delivery.is_unsure:
                     self._give_back(work)
                 raise
             if ended:
@@ -147,7 +155,6 @@ class Runner:
     def _run_in_transaction(self, delivery: _Delivery, handler: Handler, is_last: bool) -> Settlement | None:
         work = delivery.work
         before, notes, commit = work.progress, [*delivery.notes], None
-        settled: Settled | None
         try:
             with self._storage.transaction() as transaction:
                 self._call(delivery, handler, transaction.connection)
@@ -155,30 +162,29 @@ class Runner:
                 settled = transaction.commit(commit)
         except TransactionLostError as exc:
             logger.warning("the transaction of message %s was lost: %s", work.received.id, exc)
-            settled = self._settled_after_all(commit)
-        except BaseException:
-            # Undone: as if the handler had not been called.
+            try:
+                holds = commit is not None and self._patiently(partial(self._storage.was_accepted, commit))
+            except StorageUnavailableError:
+                # Asked to stop, and nobody can tell. Nothing is stored, for a mark may hold that must not be taken
+                # back: the carrier is a duplicate where the record holds, and else resumes where the storage says.
+                work.progress = before
+                return Settlement(work.commit(Step.RELEASED), Snoozed(0.0, work.carrier()), is_stored=True)
+            if not holds or commit is None:
+                work.progress = before
+                released = work.commit(Step.RELEASED, notes=notes)
+                return Settlement(released, Busy(_again()), work.carrier)
+        except BaseException as exc:
+            # Undone: as if the handler had not been called. But cut off in a commit, nobody knows.
             work.progress, delivery.notes = before, notes
+            delivery.is_unsure = commit is not None and not isinstance(exc, Exception)
             raise
-        if settled is None or commit is None:
-            work.progress = before
-            return Settlement(work.commit(Step.RELEASED, notes=notes), Busy(0.0), work.carrier)
-        if settled is Settled.REFUSED:
-            # Settling it again is refused again, tells of it, and ends as Fenced.
-            return Settlement(commit, Fenced())
+        else:
+            if settled is Settled.REFUSED:
+                # Settling it again is refused again, tells of it, and ends as Fenced.
+                return Settlement(commit, Fenced())
         points.reach("after_commit")
         delivery.notes.clear()
         return Settlement(commit, Handled(delivery.spent()), is_stored=True) if is_last else None
-
-    def _settled_after_all(self, commit: Commit | None) -> Settled | None:
-        """Find out whether a commit whose answer was lost holds; None: it does not, or nobody can tell yet."""
-        if commit is None:
-            return None
-        try:
-            return Settled.ACCEPTED if self._patiently(lambda: self._storage.was_accepted(commit)) else None
-        except StorageUnavailableError:
-            # Asked to stop. Handed over again, it is a duplicate where the commit holds.
-            return None
 
     # -- what becomes of a message whose handler failed
 
@@ -209,3 +215,7 @@ class Runner:
                 self._storage.commit(work.commit(Step.RELEASED))
             except StorageUnavailableError as exc:
                 logger.warning("could not give message %s back: %s", work.received.id, exc)
+
+
+def _again() -> float:
+    return random.uniform(*_AGAIN)  # noqa: S311 - no secret

@@ -110,7 +110,7 @@ class Postgres(Backend):
 
         # Only at this level does what is read under the locks show what was committed before they were granted.
         engine = create_engine(
-            self.url, creator=connect, isolation_level="READ COMMITTED", max_overflow=20, pool_timeout=ANSWER
+            self.url, creator=connect, isolation_level="READ COMMITTED", max_overflow=-1, pool_timeout=ANSWER
         )
         watch_handlers(engine)
         return engine

@@ -18,6 +18,7 @@ from sqlalchemy.sql import ColumnElement
 
 from ..kept import Key
 from .backend import ANSWER, Backend
+from .forks import ForkGate
 from .tables import Name, Tables, spell
 from .transaction import watch_handlers
 
@@ -25,6 +26,9 @@ __all__ = ["Sqlite"]
 
 #: Execution option of connections that only read.
 _READS: Final = "watch_reads"
+
+#: In the `info` of a connection that is in use: what the gate wants to know.
+_USED: Final = "watch_used"
 
 #: Of what passes: another writer, a full disk, a file that is not there or may not be written just now.
 _PASSING: Final = frozenset(
@@ -63,16 +67,30 @@ class Sqlite(Backend):
         engine = create_engine(
             self.url,
             connect_args={"timeout": self._timeout, "check_same_thread": False},
-            max_overflow=20,
+            max_overflow=-1,
             pool_timeout=ANSWER,
         )
+        gate = self._gate = ForkGate(engine.dispose)
 
-        @event.listens_for(engine, "connect")
-        def set_up(connection: sqlite3.Connection, record: object) -> None:
-            connection.isolation_level = None  # we begin transactions, not the driver
-            # Readers and one writer do not wait for each other; what was committed survives a loss of power.
-            _use_wal(connection, self._timeout)
-            connection.execute("PRAGMA synchronous = FULL")
+        @event.listens_for(engine, "do_connect")
+        def connect(dialect: Any, record: object, args: Any, options: Any) -> sqlite3.Connection:
+            with gate.used():
+                connection: sqlite3.Connection = dialect.connect(*args, **options)
+                connection.isolation_level = None  # we begin transactions, not the driver
+                # Readers and one writer do not wait for each other; what was committed survives a loss of power.
+                _use_wal(connection, self._timeout)
+                connection.execute("PRAGMA synchronous = FULL")
+            return connection
+
+        @event.listens_for(engine, "checkout")
+        def take(connection: object, record: Any, fairy: object) -> None:
+            record.info[_USED] = gate.enter()
+
+        @event.listens_for(engine, "checkin")
+        def give(connection: object, record: Any) -> None:
+            thread = record.info.pop(_USED, None)
+            if thread is not None:
+                gate.leave(thread)
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
