@@ -40,7 +40,7 @@ class Proxy:
         self.port = int(self._server.sockets[0].getsockname()[1])
         self._refuses = False
         self._tears = False
-        self._word, self._times = b"", 0
+        self._word, self._times, self._is_kept_back = b"", 0, False
         self._delay, self._jitter, self._rate = 0.0, 0.0, 0.0
         #: How often a fault that waits for its moment found it.
         self.hits = 0
@@ -88,7 +88,11 @@ class Proxy:
 
     def swallow_replies(self, word: bytes, times: int = 1) -> None:
         """Let the next requests with this word in them pass, and reset their connections instead of the replies."""
-        self._word, self._times = word, times
+        self._word, self._times, self._is_kept_back = word, times, False
+
+    def swallow_requests(self, word: bytes, times: int = 1) -> None:
+        """Reset the connections of the next requests with this word in them, which do not pass."""
+        self._word, self._times, self._is_kept_back = word, times, True
 
     def delay(self, seconds: float, jitter: float = 0.0) -> None:
         """Hold every piece back for a while."""
@@ -166,6 +170,10 @@ class Proxy:
                 await link.moves.wait()
                 if direction == "up" and self._times and self._word in data:
                     self._times -= 1
+                    if self._is_kept_back:
+                        self.hits += 1
+                        link.abort()
+                        return
                     link.swallows = True
                 if direction == "down" and link.swallows:
                     self.hits += 1

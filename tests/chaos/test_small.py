@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ..servers import RedisServer
+from .commits import cut_commits
 from .harness import percentile, seed_of_run
 from .scenarios import frozen_when_idle, kills, recovery, server_kills
+from .transactions import run
 
 pytestmark = pytest.mark.worker
 
@@ -34,3 +37,19 @@ def test_a_dead_workers_messages_run_again_within_seconds(tmp_path: Path) -> Non
 def test_a_kill_of_the_server_loses_nothing(tmp_path: Path) -> None:
     tally = server_kills(tmp_path, seed_of_run(), 1)
     assert not tally.complaints, tally.complaints[:10]
+
+
+@pytest.mark.parametrize("database", ["postgres", "sqlite"])
+def test_effects_of_transactional_handlers_happen_exactly_once(
+    tmp_path: Path, valkey: RedisServer, request: pytest.FixtureRequest, database: str
+) -> None:
+    url = request.getfixturevalue("postgres") if database == "postgres" else f"sqlite:///{tmp_path}/storage.db"
+    joined = run(tmp_path, valkey, url, str(seed_of_run()), messages=60, kills=2, slots=2)
+    print(joined)
+    assert not joined.tally.complaints, joined.tally.complaints[:10]
+    assert (joined.extra, joined.missing, joined.unrecorded) == ([], [], [])
+
+
+def test_commits_that_are_cut_off_are_settled_right(postgres: str) -> None:
+    cuts = cut_commits(postgres, seed_of_run(), 24)
+    assert (cuts.wrong, cuts.records, cuts.hits.total()) == ({}, 24, 24)
