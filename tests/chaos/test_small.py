@@ -44,7 +44,7 @@ def test_effects_of_transactional_handlers_happen_exactly_once(
     tmp_path: Path, valkey: RedisServer, request: pytest.FixtureRequest, database: str
 ) -> None:
     url = request.getfixturevalue("postgres") if database == "postgres" else f"sqlite:///{tmp_path}/storage.db"
-    joined = run(tmp_path, valkey, url, str(seed_of_run()), messages=60, kills=2, slots=2)
+    joined = run(tmp_path, valkey, url, str(seed_of_run()), messages=30, kills=1, slots=1)
     print(joined)
     assert not joined.tally.complaints, joined.tally.complaints[:10]
     assert (joined.extra, joined.missing, joined.unrecorded) == ([], [], [])
