@@ -261,7 +261,11 @@ class TestErrors:
 
         def refuse(*given: Any) -> None:
             monkeypatch.undo()
-            raise OperationalError("connect", {}, psycopg.OperationalError("database is locked: no connection"))
+            cause: Exception = psycopg.OperationalError("no connection")
+            if engine.dialect.name == "sqlite":
+                cause = sqlite3.OperationalError("database is locked")
+                cause.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise OperationalError("connect", {}, cause)
 
         pipeline = bench.pipe(writes("a"))
         (work,) = pipeline.begin([Message(1, "t")])
