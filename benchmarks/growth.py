@@ -1,11 +1,13 @@
 """What a storage costs as it grows: time of a claim and a commit, bytes of a record, time of the questions about many.
 
     python -m benchmarks.growth --storage valkey --small 10000 --full 10000000 --rounds 10
-    python -m benchmarks.growth --storage postgresql://localhost/watch --full 1000000
+    python -m benchmarks.growth --storage postgresql --copied 100000
+    python -m benchmarks.growth --storage sqlite --full 1000000 --ending 0
 
-`valkey` and `redis` start a server of their own. A small and a full storage are filled by `restore`; rounds of claims
-and commits alternate between the two, so that what else the machine does falls on both. At the end a million records
-end at once while messages flow, and a worker's `LeaseKeeper` tends the storage as it always does.
+`valkey`, `redis`, `postgresql` and `sqlite` are a server or a file of its own. A small and a full storage are filled by
+`restore`; rounds of claims and commits alternate between the two, so that what else the machine does falls on both. At
+the end a million records end at once while messages flow, and a worker's `LeaseKeeper` tends the storage as it always
+does.
 """
 
 from __future__ import annotations
@@ -48,10 +50,13 @@ FILLED = 3500
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="valkey", help="valkey, redis, or a storage's URL")
+    parser.add_argument("--storage", default="valkey", help="valkey, redis, postgresql, sqlite, or a storage's URL")
     parser.add_argument("--small", type=int, default=10_000)
     parser.add_argument("--full", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--copied", type=int, default=0, help="PostgreSQL: restore so many, and have the server copy them to --full"
+    )
     parser.add_argument("--ending", type=int, default=1_000_000, help="records that end while messages flow; 0: none")
     parser.add_argument("--window", type=float, default=60.0, help="seconds for which claims are measured meanwhile")
     chosen = parser.parse_args()
@@ -63,7 +68,9 @@ def main() -> None:
 def measure(url: str, chosen: argparse.Namespace) -> Iterator[tuple[str, str]]:
     small, full = open_storage(part_of(url, "small")), open_storage(part_of(url, "full"))
     fill(small, "orders", chosen.small)
-    rate, slope = fill_and_weigh(full, url, chosen.full)
+    rate, slope = fill_and_weigh(full, url, chosen.copied or chosen.full)
+    if chosen.copied:
+        slope = copy(part_of(url, "full"), chosen.copied, chosen.full)
     yield "records", f"{chosen.full:,}"
     yield "restored", f"{rate:,.0f}/s"
     yield "bytes a record", "unknown" if slope is None else f"{slope:.0f}"
@@ -82,16 +89,29 @@ def measure(url: str, chosen: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def served(storage: str) -> Iterator[str]:
-    if storage not in ("valkey", "redis"):
-        yield storage
-        return
-    # The file is not rewritten meanwhile: that is a fork, which costs the same with any storage.
-    config = {"auto-aof-rewrite-percentage": "0"}
-    server = RedisServer(Path(tempfile.mkdtemp()), find_redis() if storage == "redis" else None, **config).start()
-    try:
-        yield server.url
-    finally:
-        server.stop()
+    match storage:
+        case "valkey" | "redis":
+            # The file is not rewritten meanwhile: that is a fork, which costs the same with any storage.
+            config = {"auto-aof-rewrite-percentage": "0"}
+            binary = find_redis() if storage == "redis" else None
+            server = RedisServer(Path(tempfile.mkdtemp()), binary, **config).start()
+            try:
+                yield server.url
+            finally:
+                server.stop()
+        case "postgresql":
+            from tests.postgres import PostgresHome, find_postgres
+
+            home = PostgresHome(find_postgres())
+            try:
+                yield home.server(shared_buffers="1GB", max_wal_size="8GB").start().create_database("growth")
+            finally:
+                home.close()
+        case "sqlite":
+            with tempfile.TemporaryDirectory() as folder:
+                yield f"sqlite:///{folder}/growth.db"
+        case _:
+            yield storage
 
 
 def part_of(url: str, name: str) -> str:
@@ -100,7 +120,7 @@ def part_of(url: str, name: str) -> str:
         return f"{url}{'&' if '?' in url else '?'}prefix={name}:"
     if url.startswith("sqlite"):
         return f"{url}.{name}"
-    return url
+    return f"{url}{'&' if '?' in url else '?'}prefix={name}_"
 
 
 def weigh(url: str) -> float | None:
@@ -116,7 +136,7 @@ def weigh(url: str) -> float | None:
     if url.startswith("postgresql"):
         import psycopg
 
-        with psycopg.connect(url) as connection:
+        with psycopg.connect(url.partition("?")[0]) as connection:
             row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
             return float(row[0]) if row else None
     return None
@@ -161,6 +181,33 @@ def fill_and_weigh(storage: Storage, url: str, count: int) -> tuple[float, float
     before, after = weights
     slope = None if before is None or after is None else (after - before) / (count - start)
     return count / (time.monotonic() - begun), slope
+
+
+def copy(url: str, count: int, full: int) -> float:
+    """Have PostgreSQL copy the records that there are until there are `full`; return the bytes a record it took."""
+    import psycopg
+    from psycopg import sql
+
+    prefix = url.rpartition("prefix=")[2]
+    names = {name: sql.Identifier(f"{prefix}{name}") for name in ("records", "counters")}
+    more, before = full // count - 1, weigh(url)
+    with psycopg.connect(url.partition("?")[0], autocommit=True) as connection:
+        copied = sql.SQL(
+            "INSERT INTO {records} SELECT topic, "
+            "'order-' || lpad((substr(index, 7)::bigint + copy * {count})::text, 18, '0'), "
+            "at + copy, expires + copy, first_token - copy * {count}, token - copy * {count}, "
+            "gen_random_uuid()::text, digest, blob FROM {records}, generate_series(1, {more}) AS copy"
+        )
+        connection.execute(copied.format(count=sql.Literal(count), more=sql.Literal(more), **names))
+        counted = sql.SQL(
+            "UPDATE {counters} SET records = records + {extra} WHERE slot = (SELECT min(slot) FROM {counters})"
+        )
+        connection.execute(counted.format(extra=sql.Literal(count * more), **names))
+        connection.execute("VACUUM ANALYZE")
+    after = weigh(url)
+    assert before is not None
+    assert after is not None
+    return (after - before) / (count * more)
 
 
 # -- claims and commits
