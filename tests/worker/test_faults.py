@@ -314,3 +314,24 @@ def test_a_storage_that_cannot_keep_the_promises_is_one_complaint_of_all(make_si
     assert "topic `empty` has no handlers" in ended.stderr
     assert "s3cret" not in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_transactional_topic_on_a_storage_without_transactions_is_a_complaint(make_site: MakeSite) -> None:
+    site = make_site(
+        """
+paid = topic("paid", transactional=True)
+
+@paid.handler
+def pay(message):
+    note("pay", message)
+"""
+    )
+
+    ended = site.run("-m", "celery", "-A", "watch_tasks", "worker", "-c", "1")
+
+    assert ended.returncode == 1
+    assert (
+        f"topic `paid` is transactional, and storage `{site.storage!r}` has no transactions for handlers: use "
+        "postgresql://… or sqlite:///…"
+    ) in ended.stderr
+    assert "Traceback" not in ended.stderr
