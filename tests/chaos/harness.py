@@ -200,8 +200,15 @@ class Producer:
         return id
 
     @contextmanager
-    def flowing(self, server: RedisServer, every: float, data: Callable[[], float], most: int = 150) -> Iterator[None]:
-        """Send steadily meanwhile; not while more than `most` wait."""
+    def flowing(
+        self,
+        server: RedisServer,
+        every: float,
+        data: Callable[[], float],
+        most: int = 150,
+        options: Callable[[], dict[str, Any]] = dict,
+    ) -> Iterator[None]:
+        """Send steadily meanwhile, each with its own options; not while more than `most` wait."""
 
         def run() -> None:
             with server.client() as client:
@@ -211,7 +218,7 @@ class Producer:
                             continue
                     except Exception:
                         continue  # the server is being killed
-                    self.send(data())
+                    self.send(data(), **options())
 
         self._stop.clear()
         thread = threading.Thread(target=run)
