@@ -46,15 +46,17 @@ class FleetingServer(FleetingStorage):
 
     Args:
         server: running.
-        ways: those to choose from.
+        ways: those to choose from, each once before any comes again.
     """
 
     def __init__(self, server: RedisServer | PostgresServer, ways: tuple[str, ...]) -> None:
         self._server, self._ways, self._way = server, ways, ""
+        self._left: list[str] = []
         self.url = server.url
 
     def go_away(self, chance: random.Random) -> str:
-        self._way = chance.choice(self._ways)
+        self._left = self._left or chance.sample(self._ways, len(self._ways))
+        self._way = self._left.pop()
         if self._way == "frozen":
             self._server.signal(SIGSTOP)
         else:
