@@ -39,7 +39,7 @@ def test_a_kill_of_the_server_loses_nothing(tmp_path: Path) -> None:
     assert not tally.complaints, tally.complaints[:10]
 
 
-@pytest.mark.parametrize("database", ["postgres", "sqlite"])
+@pytest.mark.parametrize("database", ["postgres", pytest.param("sqlite", marks=pytest.mark.chaos)])
 def test_effects_of_transactional_handlers_happen_exactly_once(
     tmp_path: Path, valkey: RedisServer, request: pytest.FixtureRequest, database: str
 ) -> None:

@@ -167,6 +167,7 @@ def test_queues_of_another_kind_are_said_so(site: RabbitSite, rabbit: RabbitServ
     assert "drain and delete both" in done.stderr
 
 
+@pytest.mark.chaos  # it waits for 25 s; on Redis the same is in every run
 def test_a_send_to_a_server_that_hangs_ends_and_sending_again_is_safe(site: RabbitSite, rabbit: RabbitServer) -> None:
     program = site.folder / "send_twice.py"
     program.write_text(

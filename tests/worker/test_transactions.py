@@ -31,7 +31,7 @@ def pay(message):
 """
 
 
-@pytest.mark.parametrize("pool", ["prefork", "solo"])
+@pytest.mark.parametrize("pool", [pytest.param("prefork", marks=pytest.mark.chaos), "solo"])
 def test_a_handler_that_locks_everybody_out_past_its_lease_is_not_overtaken(
     make_site: MakeSite, tmp_path: Path, pool: str
 ) -> None:

@@ -41,7 +41,7 @@ _PLACES = st.tuples(_TOPICS.filter(lambda name: name[0].isalnum()), _INDEXES)
 
 #: All examples of a test meet the same storage; and each backend's suite runs the same test.
 _ON_ONE_STORAGE = settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
