@@ -173,6 +173,7 @@ def test_an_error_of_redis_py_becomes_ours(monkeypatch: pytest.MonkeyPatch, name
         raise original
 
     monkeypatch.setattr(storage, "_execute", fail)
+    monkeypatch.setattr(storage, "_call", fail)
     with pytest.raises(StorageError) as caught:
         storage.claim(ask())
 
