@@ -54,7 +54,7 @@ from .redis_records import (
     read_record,
     read_story,
 )
-from .redis_script import Script, cut, read_script
+from .redis_script import Script, cut, pack, read_script
 from .stored import Stored, StoredRecord
 
 __all__ = ["RedisStorage", "open_url"]
@@ -350,8 +350,10 @@ class RedisStorage(Storage):
         except IndexError:
             connection = self._client.connection_pool.get_connection()
 
+        packed = [pack(command)]
+
         def ask() -> Any:
-            connection.send_command(*command)
+            connection.send_packed_command(packed)
             return connection.read_response()
 
         try:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from redis.exceptions import NoScriptError
 
-__all__ = ["Script", "cut", "read_script"]
+__all__ = ["Script", "cut", "pack", "read_script"]
 
 #: Items that one call of a script takes, and bytes: while it runs, the server does nothing else.
 _MOST_ITEMS: Final = 500
@@ -53,6 +53,15 @@ class Script:
             return execute("EVALSHA", self._digest, 0, *args)
         except NoScriptError:
             return execute("EVAL", self._text, 0, *args)
+
+
+def pack(command: Sequence[bytes | str | int]) -> bytes:
+    """Return a command as it goes over the wire (RESP2, an array of bulk strings)."""
+    parts = [b"*%d\r\n" % len(command)]
+    for word in command:
+        data = word if isinstance(word, bytes) else str(word).encode()
+        parts += (b"$%d\r\n" % len(data), data, b"\r\n")
+    return b"".join(parts)
 
 
 def cut(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> Iterator[list[Any]]:
