@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import psycopg
@@ -18,9 +20,10 @@ from sqlalchemy import event
 from tests.postgres import PostgresServer
 from watch_tasks.errors import ConfigurationError, StorageError, StorageUnavailableError
 from watch_tasks.storage import open_storage
+from watch_tasks.storage.base import PAGE
 from watch_tasks.storage.protocol import Granted, Step
 from watch_tasks.storage.sql import SqlStorage, open_url
-from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, grant, handle, settle
+from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, grant, handle, record, settle
 from watch_tasks.worker import storage_of
 
 from ..cli.conftest import app, runner
@@ -46,6 +49,7 @@ def storage(url: str) -> Iterator[SqlStorage]:
 _CLAIMING = """
 import sys
 from watch_tasks.storage import open_storage
+from watch_tasks.storage.base import PAGE
 from watch_tasks.storage.protocol import Granted
 from watch_tasks.testing.storage_values import ask
 storage = open_storage(sys.argv[1])
@@ -316,3 +320,24 @@ def test_names_of_tables_are_those_of_the_prefix(postgres: str) -> None:
 
     names = sql.SQL("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").as_string(None)
     assert all(name.startswith("mine_") for (name,) in run_sql(postgres, names))
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_a_late_page_costs_sqlite_no_more_than_an_early_one(tmp_path: Path, newest_first: bool) -> None:
+    with open_url(f"sqlite:///{tmp_path}/watch.db") as storage:
+        storage.restore(record(f"order-{number}", id=f"m{number}", at=1e9 + number) for number in range(20 * PAGE))
+        steps = [0]
+
+        def step() -> None:
+            steps[-1] += 1
+
+        @event.listens_for(storage._backend.engine, "checkout")
+        def counted(connection: sqlite3.Connection, *about: object) -> None:
+            connection.set_progress_handler(step, 10)
+
+        records = storage.range(TOPIC, newest_first=newest_first)
+        while list(islice(records, PAGE)):
+            steps.append(0)
+
+    assert len(steps) == 21
+    assert max(steps[2:20]) <= 2 * steps[1]

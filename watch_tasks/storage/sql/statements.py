@@ -131,7 +131,7 @@ class Statements:
         self.letter = select(letters).where(letters.c.id == bindparam("of"))
         self._letters = (
             select(letters)
-            .where(letters.c.at >= bindparam("since"))
+            .where(letters.c.at.between(bindparam("since"), bindparam("until")))
             .order_by(letters.c.at.desc(), letters.c.id.desc())
             .limit(PAGE)
         )

@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 #: Messages that one transaction takes at most: each holds two locks, of which a server has some thousand.
 _MOST: Final = 100
+#: A time after all others, in µs.
+_FOREVER: Final = 2**62
 #: Seconds that the steps of one `tend` take together.
 _TENDING: Final = 0.1
 #: Seconds within which a broken connection is replaced by another; later, the server is away.
@@ -175,6 +177,8 @@ class SqlStorage(Storage):
             if len(page) < PAGE:
                 return
             after = page[-1]["at"], page[-1]["token"]
+            # SQLite finds the start of a page by this bound alone, and would read all that came before.
+            bounds["until" if newest_first else "since"] = page[-1]["at"]
 
     def _len(self, topic: str) -> int:
         (sizes,) = self._fetch(self._statements.sizes, {"of": topic})
@@ -183,7 +187,7 @@ class SqlStorage(Storage):
     # -- dead letters
 
     def _letters(self, topic: str | None, since: float | None) -> Iterator[Stored]:
-        bounds, after = {"since": 0 if since is None else micros(since)}, None
+        bounds, after = {"since": 0 if since is None else micros(since), "until": _FOREVER}, None
         while True:
             page = self._fetch(self._statements.letters(topic, after), bounds)
             for row in page:
@@ -191,6 +195,7 @@ class SqlStorage(Storage):
             if len(page) < PAGE:
                 return
             after = page[-1]["at"], page[-1]["id"]
+            bounds["until"] = page[-1]["at"]
 
     def _letter(self, id: str) -> Stored | None:
         rows = self._fetch(self._statements.letter, {"of": id})
