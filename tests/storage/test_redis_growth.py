@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.servers import RedisServer
@@ -207,6 +207,9 @@ _CHANGES = st.one_of(
 @pytest.mark.parametrize("leaf", [2, 4])
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(_CHANGES, max_size=25))
+@example(
+    changes=[("put", [("order-1", 0, 60)]), ("put", [("order-0", 0, 60), ("order-1", 0, None), ("order-0", 0, None)])]
+)
 def test_orders_are_as_a_plain_sorted_list(valkey: RedisServer, leaf: int, changes: list[tuple[str, Any]]) -> None:
     clock = ManualClock()
     with valkey.client() as client:

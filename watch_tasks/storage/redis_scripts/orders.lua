@@ -149,7 +149,8 @@ local function get_moves()
 
   function moves.leave(order, at, index)
     if order.added[index] then
-      order.added[index] = nil
+      -- Perhaps it was all that kept the order listed.
+      order.added[index], order.is_left = nil, true
       return
     end
     local fence = moves.find_leaf(order, at, index)
@@ -247,7 +248,7 @@ local function write_orders(sorted)
   end
   for _, of in pairs(orders) do
     for _, order in pairs(of) do
-      if order.is_listed then get_moves().unlist_if_empty(order) end
+      if order.is_listed or order.is_left then get_moves().unlist_if_empty(order) end
     end
   end
 end
