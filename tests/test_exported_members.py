@@ -120,7 +120,18 @@ class TestImporting:
         ours = {name for name in told["loaded"] if name.startswith("watch_tasks.")}
         assert ours == {
             f"watch_tasks.{name}"
-            for name in ("errors", "message", "outcome", "record", "registry", "retry", "schema", "topics")
+            for name in (
+                "errors",
+                "message",
+                "outcome",
+                "packets",
+                "record",
+                "registry",
+                "retry",
+                "schema",
+                "sending",
+                "topics",
+            )
         }
 
     def test_it_reads_no_environment_and_opens_neither_file_nor_socket(self, told: Any) -> None:

@@ -35,7 +35,10 @@ FLOORS: Final = {
     "storage": 2,
     "queue": 2,
     "testing": 2,  # beside the floors: see ALONE
+    "members": 3,
     "message": 1,
+    "packets": 1,
+    "sending": 1,
     "topics": 1,
     "registry": 1,
     "retry": 1,

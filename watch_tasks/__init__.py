@@ -50,7 +50,8 @@ from .record import Attempt, Counters, DeadLetter, Event, Record
 from .registry import registry
 from .retry import RetryPolicy
 from .schema import Schema
-from .topics import Outlet, SendReport, Topic, Verdict, topic
+from .sending import Outlet, Sender, SendReport, Verdict
+from .topics import Topic, topic
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -75,6 +76,7 @@ __all__ = [  # noqa: RUF022 - grouped by theme
     "RetryPolicy",
     "Schema",
     "SendReport",
+    "Sender",
     "Topic",
     "Verdict",
     "topic",

@@ -21,7 +21,7 @@ from .errors import HandlerExitError, HandlerTimeoutError
 from .message import Message
 from .topics import Handler
 
-__all__ = ["Interrupts", "close_loop", "run_handler"]
+__all__ = ["Interrupts", "close_loop", "run_handler", "watchdog"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _deadline(
             yield
     else:
         text = "handler `%s` of topic `%s`, message %s, ran past its timeout and cannot be cut off in a thread"
-        with _watchdog.report(seconds, lambda: logger.error(text, handler.name, message.topic, message.id)):
+        with watchdog.report(seconds, lambda: logger.error(text, handler.name, message.topic, message.id)):
             yield
 
 
@@ -217,4 +217,4 @@ class _Watchdog:
             call()
 
 
-_watchdog = _Watchdog()
+watchdog: Final = _Watchdog()

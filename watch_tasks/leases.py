@@ -48,17 +48,18 @@ class LeaseKeeper:
             self._thread.join(timeout=5.0)
             self._thread = None
 
-    def hold(self, id: str) -> None:
-        """Renew the claim on this id from now on, whenever it is made. Counted: hold twice, drop twice."""
+    def hold(self, *ids: str) -> None:
+        """Renew the claims on these ids from now on, whenever they are made. Counted: hold twice, drop twice."""
         with self._lock:
-            self._held[id] += 1
+            self._held.update(ids)
 
-    def drop(self, id: str) -> None:
-        """Let the claim on this id be."""
+    def drop(self, *ids: str) -> None:
+        """Let the claims on these ids be."""
         with self._lock:
-            self._held[id] -= 1
-            if self._held[id] <= 0:
-                del self._held[id]
+            for id in ids:
+                self._held[id] -= 1
+                if self._held[id] <= 0:
+                    del self._held[id]
 
     def renew(self) -> set[str]:
         """Renew now; return the ids that are held."""

@@ -84,7 +84,8 @@ class Pipeline:
         self._runner = Runner(storage, worker, self._patiently, stopping, interrupts, kill_after)
         self._nonces = itertools.count()
         self._unknown: OrderedDict[str, float] = OrderedDict()
-        self._company = Company()
+        #: Who is at work in this process.
+        self.company = Company()
 
     # -- the path
 
@@ -97,11 +98,11 @@ class Pipeline:
 
         The last try of a message that took workers down runs alone in its process, so that nobody else dies of it.
         """
-        with self._company:
+        with self.company:
             begun = self.begin(messages)
             works = {number: work for number, work in enumerate(begun) if isinstance(work, Work)}
             last = [number for number, work in works.items() if 0 < work.crashes == self._max_crashes - 1]
-            if len(works) == len(last) == 1 and self._company.stay_alone():
+            if len(works) == len(last) == 1 and self.company.stay_alone():
                 last = []
             settlements = {
                 # Let go of meanwhile: a message that waits for its turn must not count as one that was started.
@@ -119,19 +120,27 @@ class Pipeline:
             del settlements, settled
 
     def _handle_alone(self, message: Message[Any]) -> Outcome:
-        if not self._company.enter_alone(_ALONE):
+        if not self.company.enter_alone(_ALONE):
             return Busy(_ALONE)
         try:
             (work,) = self.begin((message,))
             return work if isinstance(work, Outcome) else self.settle([self.run(work)])[0]
         finally:
-            self._company.__exit__()
+            self.company.__exit__()
 
-    def begin(self, messages: Sequence[Message[Any]]) -> list[Work | Outcome]:
-        """Decode and claim. A message that is not to be handled has its Outcome, stored."""
-        found = [self._read(message) for message in messages]
+    def begin(
+        self, messages: Sequence[Message[Any]], *, plains: Sequence[bytes] = (), started: bool = True
+    ) -> list[Work | Outcome]:
+        """Decode and claim. A message that is not to be handled has its Outcome, stored.
+
+        Args:
+            messages: their data in plain form, or of their schema's type.
+            plains: the data of each as canonical JSON, where that is at hand.
+            started: whether their handlers start at once, so that a crash counts against each.
+        """
+        found = list(map(self._read, messages, plains or itertools.repeat(None)))
         asked = [work for work in found if isinstance(work, Work) and work.once != "none"]
-        claims = [work.claim(self._lease, f"{os.getpid()}.{next(self._nonces)}") for work in asked]
+        claims = [work.claim(self._lease, f"{os.getpid()}.{next(self._nonces)}", started) for work in asked]
         try:
             answers = self._patiently(lambda: self.storage.claim_many(claims))
         except StorageUnavailableError:
@@ -241,22 +250,27 @@ class Pipeline:
             "(`imports` in celeryconfig.py, or -I MODULE), then send the message again"
         )
 
+    def once_of(self, message: Message[Any]) -> Once | None:
+        """Return the once-rule that holds for a message; None: nobody here knows its topic."""
+        topic = self._find(message.topic)
+        return message.once or (topic.once if topic else None)
+
     # -- steps
 
-    def _read(self, message: Message[Any]) -> Work | Outcome:
+    def _read(self, message: Message[Any], plain: bytes | None = None) -> Work | Outcome:
         topic = self._find(message.topic)
         if topic is None or not topic.handlers:
             return self.unknown(
                 message.topic,
                 message.id,
-                lambda error: self._bury_message(message, Reason.UNKNOWN_TOPIC, error),
+                lambda error: self.bury_message(message, Reason.UNKNOWN_TOPIC, error),
             )
         try:
-            return Work.read(topic, message, self.worker)
+            return Work.read(topic, message, self.worker, plain)
         except SchemaError as exc:
-            return self._bury_message(message, Reason.UNDECODABLE, exc)
+            return self.bury_message(message, Reason.UNDECODABLE, exc)
         except MessageError as exc:
-            return self._bury_message(message, Reason.MALFORMED, exc)
+            return self.bury_message(message, Reason.MALFORMED, exc)
 
     def _answer(self, work: Work, answer: Granted | Refused) -> Work | Outcome:
         if isinstance(answer, Granted):
@@ -272,11 +286,12 @@ class Pipeline:
             case Refusal.CONFLICT:
                 index, topic = work.received.index, work.topic.name
                 error = DeadLetterError(f"index `{index}` of topic `{topic}` was handled with other data")
-                return self._bury_message(work.received, Reason.INDEX_CONFLICT, error)
+                return self.bury_message(work.received, Reason.INDEX_CONFLICT, error)
             case _:
                 return Duplicate()
 
-    def _bury_message(self, message: Message[Any], reason: Reason, error: BaseException | str) -> Outcome:
+    def bury_message(self, message: Message[Any], reason: Reason, error: BaseException | str) -> Outcome:
+        """Make a dead letter of a message that was never claimed; see `bury`."""
         return self.bury(
             reason,
             error,

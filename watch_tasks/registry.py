@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from .errors import ConfigurationError, TopicError, did_you_mean
 
 if TYPE_CHECKING:
-    from .topics import Outlet, Topic
+    from .sending import Outlet
+    from .topics import Topic
 
 __all__ = ["Registry", "registry"]
 

@@ -1,7 +1,7 @@
 """Topics: a named kind of message with its schema, its rules and its handlers in order.
 
-A topic knows neither Celery nor a queue: it sends into an `Outlet`. The module is not called `topic` because the
-function of that name would hide it.
+A topic knows neither Celery nor a queue: it sends into an `Outlet` (see `sending.py`). The module is not called `topic`
+because the function of that name would hide it.
 """
 
 from __future__ import annotations
@@ -10,28 +10,20 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any, Final, Generic, Protocol, TypeVar, cast, overload
+from typing import Any, Final, Generic, TypeVar, cast, overload
 
-from .errors import (
-    MessageError,
-    QueueFullError,
-    SchemaError,
-    SendUnknownError,
-    TopicError,
-)
+from .errors import MessageError, SchemaError, TopicError
 from .message import Message, Once, check_index, index_of
+from .packets import MOST_MEMBERS
 from .registry import registry
 from .retry import RetryPolicy
 from .schema import Schema, schema_of
+from .sending import Outlet, Sender, SendReport, Verdict, send_all
 
 __all__ = [
     "WEEK",
     "Handler",
-    "Outlet",
-    "SendReport",
     "Topic",
-    "Verdict",
     "check_topic",
     "topic",
 ]
@@ -45,35 +37,6 @@ WEEK: Final = 604800.0
 DAY: Final = 86400.0
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
-
-
-class Outlet(Protocol):
-    """What a topic sends through: a queue, or an app."""
-
-    def push(self, message: Message[Any], *, delay: float = 0.0) -> None:
-        """Hand over a message with its data in plain form; return when the broker has it.
-
-        Raises:
-            SendError: refused, failed or unknown; see its kinds.
-            MessageError: the message itself cannot be sent.
-        """
-
-
-class Verdict(StrEnum):
-    """What became of one message of `send_many`."""
-
-    SENT = "sent"  #: the broker has it
-    REFUSED = "refused"  #: it was not sent: its shape, its size, or a full queue
-    UNKNOWN = "unknown"  #: the broker's answer was lost: send the same object again
-
-
-@dataclass(frozen=True, slots=True)
-class SendReport:
-    """How many messages of a `send_many` ended in which verdict."""
-
-    sent: int = 0
-    refused: int = 0
-    unknown: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +170,7 @@ class Topic(Generic[T]):
         """
         self.check_once(once or (data.once if isinstance(data, Message) else None))
         if not isinstance(data, Message):
-            named = check_index(index) if index is not None else self.index_of(data) or ""
-            return Message(data, self.name, index=named, max_retries=max_retries, once=once)
+            return Message(data, self.name, index=self.named(data, index) or "", max_retries=max_retries, once=once)
         if data.topic not in ("", self.name):
             raise TopicError(f"a message of topic `{data.topic}` cannot be sent as `{self.name}`")
         named = check_index(index) if index is not None else data.index
@@ -247,7 +209,7 @@ class Topic(Generic[T]):
             SendUnknownError: the answer was lost; sending `error.message` again is safe.
         """
         message = self.message(data, index=index, max_retries=max_retries, once=once)
-        self._push(message, delay)
+        self._bound().push(replace(message, data=self.encode(message.data)), delay=delay)
         return message
 
     def send_many(
@@ -256,41 +218,41 @@ class Topic(Generic[T]):
         *,
         on_verdict: Callable[[Message[T], Verdict], None] | None = None,
     ) -> SendReport:
-        """Send every item of an iterable, which is read as it goes and may be endless.
+        """Send every item of an iterable, many at once; it is read as it goes and may be endless.
 
-        An item that cannot be sent (its shape, its size, a full queue) does not keep the others from being sent.
+        An item that cannot be sent (its shape, its size, a full queue) does not keep the others from being sent. What
+        waits for more to go with it is sent when the iterable ends, in whatever way; for one that is slow in coming,
+        see `sender`.
 
         Args:
             items: data, or messages.
             on_verdict: called with each message and what became of it.
 
         Raises:
-            SendFailedError: the broker cannot be reached. Items read before it have had their verdicts.
+            SendFailedError: the broker cannot be reached. Every item read has had its verdict.
         """
-        counts = dict.fromkeys(Verdict, 0)
+        return send_all(self, self._bound(), items, on_verdict)
 
-        def note(message: Message[T], verdict: Verdict) -> None:
-            counts[verdict] += 1
-            if on_verdict:
-                on_verdict(message, verdict)
+    def sender(
+        self,
+        *,
+        size: int = MOST_MEMBERS,
+        linger: float = 0.05,
+        on_verdict: Callable[[Message[T], Verdict], None] | None = None,
+    ) -> Sender[T]:
+        """Return a sender for a stream of messages, which are sent many at once.
 
-        for item in items:
-            try:
-                message = self.message(item)
-            except MessageError:
-                # Its index is unusable: name it by its id, so that the callback has a message to look at.
-                data = item.data if isinstance(item, Message) else item
-                note(Message(data, self.name, index="?"), Verdict.REFUSED)
-                continue
-            try:
-                self._push(message, 0.0)
-            except (MessageError, QueueFullError):
-                note(message, Verdict.REFUSED)
-            except SendUnknownError:
-                note(message, Verdict.UNKNOWN)
-            else:
-                note(message, Verdict.SENT)
-        return SendReport(**{verdict.value: count for verdict, count in counts.items()})
+            with alarm.sender() as sender:
+                for line in log:
+                    sender.send(Alarm(line.host, line.level))
+
+        Args:
+            size: messages that are sent together at most, 1 to 100.
+            linger: seconds that a message waits for others to go with it, at most. What a program that is killed has
+                not sent yet is lost with it: 0 sends each at once.
+            on_verdict: called with each message and what became of it, in the thread that sent it.
+        """
+        return Sender(self, self._bound(), size=size, linger=linger, on_verdict=on_verdict)
 
     def check_once(self, once: Once | None) -> None:
         """See that a message's own once-rule suits the topic.
@@ -300,6 +262,14 @@ class Topic(Generic[T]):
         """
         if self.transactional and once == "none":
             raise MessageError(f'topic `{self.name}` is transactional: a message of it cannot have `once="none"`')
+
+    def named(self, data: T, index: str | None = None) -> str | None:
+        """Return the index that is given, else what `index_of` says.
+
+        Raises:
+            MessageError: it is no index.
+        """
+        return check_index(index) if index is not None else self.index_of(data)
 
     def index_of(self, data: T) -> str | None:
         """Return what the data says as an Indexer, else what the topic's `index=` says of it, else None.
@@ -337,10 +307,10 @@ class Topic(Generic[T]):
         except Exception as exc:  # a schema is the user's: whatever it raises means "does not fit"
             raise SchemaError(f"topic `{self.name}`: {exc}") from exc
 
-    def _push(self, message: Message[T], delay: float) -> None:
+    def _bound(self) -> Outlet:
         if self._outlet is None:
             self._outlet = registry.default_outlet()
-        self._outlet.push(replace(message, data=self.encode(message.data)), delay=delay)
+        return self._outlet
 
 
 def topic(

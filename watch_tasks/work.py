@@ -66,15 +66,21 @@ class Work:
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def read(cls, topic: Topic[Any], message: Message[Any], worker: str) -> Work:
+    def read(cls, topic: Topic[Any], message: Message[Any], worker: str, plain: bytes | None = None) -> Work:
         """Decode a message; find its index where nobody named it.
+
+        Args:
+            topic: its topic.
+            message: the message.
+            worker: name of the worker that has it.
+            plain: its data as canonical JSON, where that is at hand.
 
         Raises:
             SchemaError: its data does not fit, or has no JSON form.
             MessageError: its index cannot be found, or its once-rule does not suit the topic.
         """
         topic.check_once(message.once)
-        plain = dump(message.data)
+        plain = dump(message.data) if plain is None else plain
         data = topic.decode(message.data)
         if message.index == message.id:  # nobody named it
             message = replace(message, index=topic.index_of(data) or message.id)
@@ -95,7 +101,7 @@ class Work:
         """The time by the storage's clock, without asking it."""
         return datetime.fromtimestamp(self.claimed_at, UTC) + timedelta(seconds=time.monotonic() - self.started)
 
-    def claim(self, lease: float, nonce: str) -> Claim:
+    def claim(self, lease: float, nonce: str, started: bool = True) -> Claim:
         """Return the claim on it."""
         message = self.received
         return Claim(
@@ -110,6 +116,7 @@ class Work:
             retention=self.topic.retention,
             sent_at=message.sent_at.timestamp(),
             nonce=nonce,
+            started=started,
             note=self.note(retries=message.retries, worker=self.worker),
         )
 

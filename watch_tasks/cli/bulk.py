@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 from ..errors import MessageError, TooLargeError, TopicError
 from ..message import Message, Once
 from ..schema import dump
-from ..topics import Topic, Verdict, check_topic
+from ..sending import Verdict
+from ..topics import Topic, check_topic
 from .lines import Complain, parse, reading
 from .output import emit, note
 

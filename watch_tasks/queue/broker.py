@@ -15,6 +15,7 @@ import redis
 
 from ..errors import ConfigurationError, SendError, SendFailedError, SendUnknownError
 from ..message import Message
+from ..packets import Packet
 
 __all__ = ["ANSWER", "CONNECT", "TROUBLE", "broker_url", "check_url", "send_error", "transport_options"]
 
@@ -38,7 +39,7 @@ def transport_options() -> dict[str, Any]:
     }
 
 
-def send_error(error: BaseException, message: Message[Any]) -> SendError:
+def send_error(error: BaseException, message: Message[Any] | Packet) -> SendError:
     """Return what a failed publish means: certainly not sent, or perhaps sent.
 
     Args:
@@ -46,13 +47,15 @@ def send_error(error: BaseException, message: Message[Any]) -> SendError:
         message: what was being sent.
     """
     chain = list(_causes(error))
-    text = f"message {message.id} of topic `{message.topic}`"
+    what = "message" if isinstance(message, Message) else f"packet of {len(message.members)} messages,"
+    text = f"{what} {message.id} of topic `{message.topic}`"
     # The pool's own "nothing to reuse" may stand below what went wrong with the connection.
     last = next((cause for cause in reversed(chain) if isinstance(cause, (OSError, redis.RedisError))), error)
     why = str(last) or type(last).__name__
     if any(_is_refusal(cause) for cause in chain):
         return SendFailedError(f"{text} was not sent: {why}; is the broker up, and its URL right?")
-    return SendUnknownError(f"{text} may have been sent, the broker's answer was lost: {why}; send it again", message)
+    told: Any = message  # that of a packet goes no further than its Sender, which knows the messages
+    return SendUnknownError(f"{text} may have been sent, the broker's answer was lost: {why}; send it again", told)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,9 +8,11 @@ from celery import Celery
 
 from ..errors import ConfigurationError
 from ..registry import registry
+from ..sending import Outlet
 from ..storage import Storage
-from ..topics import Outlet, Topic
+from ..topics import Topic
 from ..transport import install as install_transport
+from .bulk import register_packets
 from .runtime import runtime_of
 from .settings import Settings, read_settings, recommended
 from .task import register
@@ -47,6 +49,8 @@ def install(app: Celery) -> Celery:
         app.on_after_configure.connect(configure, weak=False)
     else:  # a fixup is called before the app has its signals
         app.add_defaults(lambda: recommended(app.conf))
+
+    register_packets(app)
 
     def adopt(topic: Topic[Any]) -> None:
         register(app, topic)

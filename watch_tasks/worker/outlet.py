@@ -15,7 +15,8 @@ from kombu.exceptions import KombuError
 
 from ..errors import TooLargeError
 from ..message import Message
-from ..queue import wire
+from ..packets import Packet
+from ..queue import bulk, wire
 from ..queue.redis import send_error
 from ..registry import registry
 from ..schema import dump
@@ -40,9 +41,14 @@ class CeleryOutlet:
         self._app = app
         self._settings = settings
 
+    @property
+    def max_payload(self) -> int:
+        """Bytes of JSON that the data of one message may have."""
+        return self._settings().max_payload
+
     def push(self, message: Message[Any], *, delay: float = 0.0) -> None:
         """Send a message; see `Outlet`."""
-        size, limit = len(dump(message.data)), self._settings().max_payload
+        size, limit = len(dump(message.data)), self.max_payload
         if size > limit:
             raise TooLargeError(message.topic, size, limit)
         topic = registry.get(message.topic)
@@ -65,11 +71,10 @@ class CeleryOutlet:
             headers.pop(name, None)
         for name in ("task_id", "retries", "time_limit", "soft_time_limit"):
             options.pop(name, None)
-        info = request.delivery_info or {}
-        options |= {name: info[name] for name in ("exchange", "routing_key", "priority") if info.get(name) is not None}
+        options |= _way(request)
         # Whoever waits for a result waits for that of the copy.
-        task = self._app.tasks[wire.task_name(message.topic)]
-        options["ignore_result"] = get_actual_ignore_result(task, request)
+        task = self._app.tasks.get(wire.task_name(message.topic))
+        options["ignore_result"] = task is None or get_actual_ignore_result(task, request)
         self._send(message, delay, headers, options)
 
     def push_replay(self, message: Message[Any], raw: bytes | None = None) -> None:
@@ -84,19 +89,41 @@ class CeleryOutlet:
         if raw is None:
             self._send(message, 0.0, {}, options)
             return
-        name, amqp = wire.task_name(message.topic), self._app.amqp
+        name = wire.task_name(message.topic)
         args, keywords = wire.arguments(message)
-        made = amqp.create_task_message(message.id, name, args, keywords, ignore_result=True, **wire.reprs(message))
-        kind = {"content_type": "application/json", "content_encoding": "utf-8"}
-        made = made._replace(
-            headers={**made.headers, **wire.headers(message)}, properties={**made.properties, **kind}, body=raw
+        made = self._app.amqp.create_task_message(
+            message.id, name, args, keywords, ignore_result=True, **wire.reprs(message)
         )
-        options = amqp.router.route(options, name, args, keywords)
+        options = self._app.amqp.router.route(options, name, args, keywords)
+        self._send_raw(message, made, raw, wire.headers(message), options)
+
+    def push_packet(self, packet: Packet, request: Any = None) -> None:
+        """Send a packet, by the way that a message of its topic takes; see `PacketOutlet`.
+
+        Args:
+            packet: the packet.
+            request: the request of the Celery task that has its members in hand: it goes the same way as that came.
+        """
+        topic = registry.get(packet.topic)
+        options: dict[str, Any] = {"queue": topic.queue} if topic and topic.queue else {}
+        if request is not None:
+            options = _way(request)
+        options = self._app.amqp.router.route(options, wire.task_name(packet.topic))
+        made = self._app.amqp.create_task_message(packet.id, bulk.TASK, ignore_result=True, **bulk.reprs(packet))
+        self._send_raw(packet, made, bulk.body(packet), bulk.headers(packet), options)
+
+    def _send_raw(
+        self, sent: Message[Any] | Packet, made: Any, body: bytes, headers: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Send a body that is JSON already, in what Celery made around it."""
+        amqp = self._app.amqp
+        kind = {"content_type": "application/json", "content_encoding": "utf-8"}
+        made = made._replace(headers={**made.headers, **headers}, properties={**made.properties, **kind}, body=body)
         try:
             with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
-                amqp.send_task_message(producer, name, made, confirm_timeout=_CONFIRM, **options)
+                amqp.send_task_message(producer, made.headers["task"], made, confirm_timeout=_CONFIRM, **options)
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
-            raise send_error(exc, message) from exc
+            raise send_error(exc, sent) from exc
 
     def _send(self, message: Message[Any], delay: float, headers: dict[str, Any], options: dict[str, Any]) -> None:
         args, keywords = wire.arguments(message)
@@ -130,3 +157,9 @@ class CeleryOutlet:
         """Whether Celery hands delays to the broker: RabbitMQ with a quorum queue."""
         transport = self._app.connection_for_write().get_transport_cls()  # nothing is connected by this
         return bool(detect_quorum_queues(self._app, transport.driver_type)[0])
+
+
+def _way(request: Any) -> dict[str, Any]:
+    """Return the options that send by the way that a request came."""
+    info = request.delivery_info or {}
+    return {name: info[name] for name in ("exchange", "routing_key", "priority") if info.get(name) is not None}

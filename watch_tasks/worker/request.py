@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -48,12 +48,14 @@ class TopicRequest(Request):
         self.time_limits = (None, None)
         self._runtime = runtime_of(self.app)
         self._is_held = False
+        #: What it claims.
+        self._ids: Sequence[str] = (self.id,)
         self._request_dict[WORKER_HEADER] = [self._runtime.worker, self._runtime.pid]
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if not self._is_held and not self.acknowledged:
             self._is_held = True
-            self._runtime.keeper.hold(self.id)
+            self._runtime.keeper.hold(*self._ids)
         super().on_accepted(pid, time_accepted)
 
     def acknowledge(self) -> None:
@@ -160,9 +162,9 @@ class TopicRequest(Request):
             self.send_event("task-retried", exception=repr(error), traceback="")
 
     def _release(self, *, crashed: bool = False) -> int:
-        """End this worker's claim, if it has one; return how often the handler took a worker down."""
+        """End this worker's claims, if it has any; return how often the handler took a worker down."""
         try:
-            return self._runtime.storage.release(self._runtime.worker, [self.id], crashed=crashed)[0]
+            return max(self._runtime.storage.release(self._runtime.worker, self._ids, crashed=crashed), default=0)
         except StorageError as exc:
             # The lease ends by itself, and whoever takes over counts the crash.
             logger.warning("could not release message %s: %s", self.id, exc)
@@ -192,7 +194,7 @@ class TopicRequest(Request):
     def _drop(self) -> None:
         if self._is_held:
             self._is_held = False
-            self._runtime.keeper.drop(self.id)
+            self._runtime.keeper.drop(*self._ids)
 
     def _read(self) -> Message[Any] | None:
         try:

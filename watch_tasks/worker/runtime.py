@@ -91,7 +91,7 @@ class Runtime:
         asked = (state.should_stop, state.should_terminate)
         return self.stop.is_set() or any(value is not None and value is not False for value in asked)
 
-    def pipeline(self, worker: str, *, can_die: bool) -> Pipeline:
+    def pipeline(self, worker: str, can_die: bool) -> Pipeline:
         """Return the pipeline that handles messages for this worker.
 
         Args:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 from celery import Celery, Task
@@ -20,7 +22,7 @@ from ..work import error_text
 from .outlet import WORKER_HEADER
 from .runtime import Runtime, runtime_of
 
-__all__ = ["SETTLED", "TopicTask", "Yielded", "register"]
+__all__ = ["SETTLED", "TopicTask", "Yielded", "register", "worker_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,40 +69,55 @@ class TopicTask(Task):
     def run(self, *args: Any, **keywords: Any) -> str:
         runtime = runtime_of(self.app)
         fields = {"id": self.request.id, "task": self.name, wire.HEADER: self.request.get(wire.HEADER)}
-        worker, main = self.request.get(WORKER_HEADER) or (runtime.worker, runtime.pid)
-        pipeline = runtime.pipeline(worker, can_die=main != runtime.pid)
+        pipeline = runtime.pipeline(*worker_of(self.request, runtime))
         try:
             message = wire.read(fields, args, keywords)
         except MessageError as exc:
             # The consumer reads every message before it hands it on: this one was called by hand.
             raise DeadLetterError(f"task `{self.name}` was called with what is no message: {exc}") from exc
-        try:
+        with self.settling():
             outcome = pipeline.handle(message)
-            match outcome:
-                case Retry(delay, copy) | Snoozed(delay, copy):
-                    self._publish(runtime, copy, delay)
-                case Busy(until):
-                    self._publish(runtime, message, until)
-        except Reject:
+            self.publish(runtime, message, outcome)
+        return _told(outcome)
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Have the message handed over again where a mistake of ours keeps it from being settled."""
+        try:
+            yield
+        except (Reject, Yielded):
             raise
         except Exception as exc:
             logger.exception("could not settle message %s; it is handed over again", self.request.id)
             time.sleep(1.0)  # so that a mistake of ours does not spin
             raise Reject(error_text(exc), requeue=True) from exc
-        return _told(outcome)
 
-    def _publish(self, runtime: Runtime, copy: Message[Any], delay: float) -> None:
+    def publish(self, runtime: Runtime, message: Message[Any], outcome: Outcome) -> None:
+        """Publish the copy by which a message goes on, if it does."""
+        match outcome:
+            case Retry(delay, copy) | Snoozed(delay, copy):
+                self.patiently(runtime, lambda: runtime.outlet.push_copy(copy, delay, self.request))
+            case Busy(until):
+                self.patiently(runtime, lambda: runtime.outlet.push_copy(message, until, self.request))
+
+    def patiently(self, runtime: Runtime, publish: Callable[[], None]) -> None:
         """Publish until the broker has it: nothing is acked before. At a stop the message is handed over again."""
         pause, longest = _PAUSES
         while True:
             try:
-                return runtime.outlet.push_copy(copy, delay, self.request)
+                return publish()
             except SendError as exc:
                 if runtime.is_stopping() or self.request.is_eager:
                     raise Reject(error_text(exc), requeue=True) from exc
-                logger.warning("could not publish a copy of %s, trying again in %.2g s: %s", copy.id, pause, exc)
+                logger.warning("could not publish a copy, trying again in %.2g s: %s", pause, exc)
                 time.sleep(pause)
                 pause = min(pause * 2, longest)
+
+
+def worker_of(request: Any, runtime: Runtime) -> tuple[str, bool]:
+    """Return the name of the worker that a task runs in, and whether its process is replaced when it ends."""
+    worker, main = request.get(WORKER_HEADER) or (runtime.worker, runtime.pid)
+    return worker, main != runtime.pid
 
 
 def register(app: Celery, topic: Topic[Any]) -> TopicTask:

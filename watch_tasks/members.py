@@ -1,0 +1,203 @@
+"""The members of a packet on their way: claimed in one round trip, handled in order, recorded in groups.
+
+What becomes of each is decided as for a single message, and told for each alone. Only one thing differs: they are
+claimed before their handlers start. So a crash counts against none of them; after one, the packet is taken apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .errors import MessageError, StorageUnavailableError
+from .handlers import watchdog
+from .message import Message
+from .outcome import Busy, Outcome, Reason
+from .packets import Member, Packet, read_member
+from .pipeline import Pipeline
+from .storage.protocol import Step
+from .work import Settlement, Work
+
+__all__ = ["Members", "Taken"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that what is handled waits at most to be recorded together with others.
+_TOGETHER: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of one member."""
+
+    member: Member
+    #: None: it is no message, and buried.
+    message: Message[Any] | None
+    outcome: Outcome
+    #: Whether it was given back untouched, because the worker is asked to stop.
+    is_left: bool = False
+
+
+class Members:
+    """Takes the members of packets all the way. May be used by several threads.
+
+    Args:
+        pipeline: decides what becomes of each.
+        stopping: whether the worker is asked to stop: then the member in hand is the last.
+    """
+
+    def __init__(self, pipeline: Pipeline, stopping: Callable[[], bool]) -> None:
+        self._pipeline, self._stopping = pipeline, stopping
+
+    def handle(self, packet: Packet) -> list[Taken]:
+        """Handle each member. What is not settled by that leaves as a message of its own, or as a packet."""
+        taken: list[Taken] = []
+        with self._pipeline.company:
+            waiting = list(self._read(packet, taken))
+            while waiting:
+                # What a member before it may decide waits until that is recorded.
+                now, waiting = _apart(waiting, self._pipeline)
+                taken += _Round(self._pipeline, self._stopping).handle(now)
+        return taken
+
+    def take_apart(self, packet: Packet) -> list[Taken]:
+        """Find out which members are left, and run none: each of those is Busy, and leaves as a message of its own.
+
+        For a packet that came back: one of its members may have taken the worker down, and must not take the others
+        with it once more.
+        """
+        taken: list[Taken] = []
+        pairs = list(self._read(packet, taken))
+        begun = self._begin(pairs)
+        claimed = [work for work in begun if isinstance(work, Work)]
+        self._pipeline.settle([Settlement(work.commit(Step.RELEASED), Busy(0.0)) for work in claimed])
+        return taken + [
+            Taken(member, message, Busy(0.0) if isinstance(work, Work) else work)
+            for (member, message), work in zip(pairs, begun, strict=True)
+        ]
+
+    def bury(self, packet: Packet, reason: Reason, error: BaseException | str) -> list[Taken]:
+        """Make a dead letter of each member, unless its id is settled."""
+        taken: list[Taken] = []
+        for member, message in self._read(packet, taken):
+            taken.append(Taken(member, message, self._pipeline.bury_message(message, reason, error)))
+        return taken
+
+    def _begin(self, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Work | Outcome]:
+        return _begin(self._pipeline, pairs)
+
+    def _read(self, packet: Packet, taken: list[Taken]) -> Iterator[tuple[Member, Message[Any]]]:
+        """Yield the members that are messages; bury the others."""
+        for member in packet.members:
+            try:
+                yield member, read_member(member, packet.topic, packet.sent_at)
+            except (MessageError, ValueError, RecursionError) as exc:
+                reason = Reason.MALFORMED if isinstance(exc, MessageError) else Reason.UNDECODABLE
+                outcome = self._pipeline.bury(
+                    reason,
+                    exc,
+                    id=member.id,
+                    topic=packet.topic,
+                    raw=bytes(member.data),
+                    content_type="application/json",
+                    sent_at=packet.sent_at,
+                )
+                taken.append(Taken(member, None, outcome))
+
+
+class _Round:
+    """Some members at once, of which none decides on another."""
+
+    def __init__(self, pipeline: Pipeline, stopping: Callable[[], bool]) -> None:
+        self._pipeline, self._stopping = pipeline, stopping
+        self._outcomes: dict[int, Outcome] = {}
+        #: Those that are handled and not recorded yet.
+        self._ended: list[tuple[int, Settlement]] = []
+        self._lock = threading.Lock()
+
+    def handle(self, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Taken]:
+        begun = _begin(self._pipeline, pairs)
+        works = {number: work for number, work in enumerate(begun) if isinstance(work, Work)}
+        left: set[int] = set()
+        try:
+            self._run(works, left)
+        except BaseException:
+            # This process is being ended: what is done is kept, what is not begun goes back.
+            self._give_back(works)
+            raise
+        return [
+            Taken(member, message, outcome if isinstance(outcome, Outcome) else self._outcomes[number], number in left)
+            for number, ((member, message), outcome) in enumerate(zip(pairs, begun, strict=True))
+        ]
+
+    def _run(self, works: dict[int, Work], left: set[int]) -> None:
+        while works:
+            # In a thread of its own, should a handler take longer than that.
+            with watchdog.report(_TOGETHER, self._settle_early):
+                began = time.monotonic()
+                while works and time.monotonic() < began + _TOGETHER:
+                    number = next(iter(works))
+                    work = works[number]
+                    if self._stopping():
+                        left.add(number)
+                        ended = Settlement(work.commit(Step.RELEASED), Busy(0.0))
+                    elif work.crashes:
+                        # Its next try must count, and hurt nobody else.
+                        ended = Settlement(work.commit(Step.RELEASED), Busy(0.0))
+                    else:
+                        ended = self._pipeline.run(work)
+                    del works[number]
+                    with self._lock:
+                        self._ended.append((number, ended))
+            self._settle()
+
+    def _settle_early(self) -> None:
+        try:
+            self._settle()
+        except Exception:
+            logger.exception("could not record what was handled; it is tried again with what follows")
+
+    def _settle(self) -> None:
+        with self._lock:
+            outcomes = self._pipeline.settle([settlement for _, settlement in self._ended])
+            self._outcomes.update(zip((number for number, _ in self._ended), outcomes, strict=True))
+            self._ended.clear()
+
+    def _give_back(self, works: dict[int, Work]) -> None:
+        commits = [settlement.commit for _, settlement in self._ended if not settlement.is_stored]
+        # The first of these is the one in hand: whoever interrupted it has said what becomes of it.
+        commits += [work.commit(Step.RELEASED) for work in list(works.values())[1:] if work.token is not None]
+        try:
+            self._pipeline.storage.commit_many(commits)
+        except StorageUnavailableError:
+            pass  # their leases end by themselves
+
+
+def _begin(pipeline: Pipeline, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Work | Outcome]:
+    plains = [bytes(member.data) for member, _ in pairs]
+    return pipeline.begin([message for _, message in pairs], plains=plains, started=False)
+
+
+_Pairs = list[tuple[Member, Message[Any]]]
+
+
+def _apart(pairs: _Pairs, pipeline: Pipeline) -> tuple[_Pairs, _Pairs]:
+    """Return those that can be claimed at once, and those that must wait: for their id, or under their index."""
+    now: _Pairs = []
+    later: _Pairs = []
+    ids: set[str] = set()
+    indexes: set[str] = set()
+    for member, message in pairs:
+        index = message.index if pipeline.once_of(message) == "index" else None
+        if message.id in ids or index in indexes:
+            later.append((member, message))
+            continue
+        now.append((member, message))
+        ids.add(message.id)
+        if index is not None:
+            indexes.add(index)
+    return now, later

@@ -1,0 +1,120 @@
+"""Packets: many messages of one topic that travel as one, each with its own id, index and rules.
+
+A packet is JSON, like every message. What becomes of its members is decided for each alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from .errors import MessageError
+from .message import Message, Once, new_id
+from .schema import load
+
+__all__ = ["MOST_BYTES", "MOST_MEMBERS", "Member", "Packet", "member_of", "new_ids", "read_member"]
+
+#: Members that a packet has at most, and bytes of JSON: enough that what each costs alone is most of it, and few enough
+#: that one worker is not long at it while others have nothing to do.
+MOST_MEMBERS: Final = 100
+MOST_BYTES: Final = 262_144
+
+
+class More(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is rarely said of a message: a copy that is no longer the first, and rules of its own."""
+
+    copy: int = 0
+    retries: int = 0
+    handled: tuple[str, ...] = ()
+    max_retries: int | None = None
+    once: Once | None = None
+    sent_at: datetime | None = None
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """A message in a packet."""
+
+    id: str
+    #: Empty: nobody named it.
+    index: str
+    #: The data in plain form, as the canonical JSON that `schema.dump` makes.
+    data: msgspec.Raw
+    more: More | None = None
+
+
+@dataclass(slots=True)
+class Packet:
+    """Many messages of one topic."""
+
+    topic: str
+    members: list[Member]
+    #: Its own id, which names it in the broker and in Flower.
+    id: str = field(default_factory=new_id)
+    #: When its members were made, those that do not say.
+    sent_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+_NOTHING: Final = More()
+
+
+def member_of(message: Message[Any], plain: bytes, sent_at: datetime | None = None) -> Member:
+    """Return the member that a message is, in a packet of that time.
+
+    Args:
+        message: the message; its data does not matter.
+        plain: its data, as `schema.dump` makes it.
+        sent_at: the packet's time.
+    """
+    more = More(
+        copy=message.copy,
+        retries=message.retries,
+        handled=message.handled,
+        max_retries=message.max_retries,
+        once=message.once,
+        sent_at=None if message.sent_at == sent_at else message.sent_at,
+    )
+    index = "" if message.index == message.id else message.index
+    return Member(message.id, index, msgspec.Raw(plain), None if more == _NOTHING else more)
+
+
+def read_member(member: Member, topic: str, sent_at: datetime) -> Message[Any]:
+    """Return the message that a member is, its data in plain form.
+
+    An index that nobody named is the id.
+
+    Raises:
+        MessageError: it is no message.
+        ValueError: its data is no JSON.
+    """
+    if not isinstance(member.id, str) or not 0 < len(member.id) <= 255 or not member.id.isprintable():
+        raise MessageError(f"the id must be 1 to 255 printable characters, got {member.id!r}"[:500])
+    data, more = load(bytes(member.data)), member.more
+    if more is None:
+        return Message(data, topic, index=member.index or member.id, id=member.id, sent_at=sent_at)
+    return Message(
+        data,
+        topic,
+        index=member.index or member.id,
+        id=member.id,
+        retries=more.retries,
+        max_retries=more.max_retries,
+        once=more.once,
+        handled=more.handled,
+        sent_at=more.sent_at or sent_at,
+        copy=more.copy,
+    )
+
+
+def new_ids() -> Iterator[str]:
+    """Yield fresh message ids without end (UUID version 4, RFC 9562), cheaper than one by one."""
+    while True:
+        digits = os.urandom(16 * MOST_MEMBERS).hex()
+        for start in range(0, len(digits), 32):
+            one = digits[start : start + 32]
+            variant = "89ab"[int(one[16], 16) & 3]
+            yield f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{variant}{one[17:20]}-{one[20:]}"

@@ -1,0 +1,345 @@
+"""Sending: where messages go, what became of each, and many at once.
+
+Many at once travel in packets where the outlet takes them: an iterable by `Topic.send_many`, a stream by
+`Topic.sender`. Each message keeps its own id, index and verdict.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, cast, runtime_checkable
+
+import msgspec
+
+from .errors import MessageError, QueueFullError, SendError, SendUnknownError, TooLargeError
+from .message import Message, Once
+from .packets import MOST_BYTES, MOST_MEMBERS, Member, Packet, member_of, new_ids
+from .schema import dump
+
+if TYPE_CHECKING:
+    from .topics import Topic
+
+__all__ = ["Outlet", "PacketOutlet", "SendReport", "Sender", "Verdict", "send_all"]
+
+T = TypeVar("T")
+
+#: Bytes of a packet that a member takes beside its index and its data: its id, quotes and commas.
+_BESIDES: Final = 64
+
+
+class Outlet(Protocol):
+    """What a topic sends through: a queue, or an app."""
+
+    def push(self, message: Message[Any], *, delay: float = 0.0) -> None:
+        """Hand over a message with its data in plain form; return when the broker has it.
+
+        Raises:
+            SendError: refused, failed or unknown; see its kinds.
+            MessageError: the message itself cannot be sent.
+        """
+
+
+@runtime_checkable
+class PacketOutlet(Outlet, Protocol):
+    """An outlet that takes many messages at once."""
+
+    #: Bytes of JSON that the data of one message may have.
+    max_payload: int
+
+    def push_packet(self, packet: Packet) -> None:
+        """Hand over a packet; return when the broker has it.
+
+        Raises:
+            SendError: none of its messages was sent, or nobody knows; see its kinds.
+        """
+
+
+class Verdict(StrEnum):
+    """What became of one of many messages."""
+
+    SENT = "sent"  #: the broker has it
+    REFUSED = "refused"  #: it was not sent: its shape, its size, a full queue, or a broker that cannot be reached
+    UNKNOWN = "unknown"  #: the broker's answer was lost: send the same object again
+
+
+@dataclass(frozen=True, slots=True)
+class SendReport:
+    """How many messages of many ended in which verdict."""
+
+    sent: int = 0
+    refused: int = 0
+    unknown: int = 0
+
+
+class Sender(Generic[T]):
+    """Sends a stream of messages of one topic, many at once. Get one by `Topic.sender`.
+
+    A message waits here until `size` of them are together or `linger` seconds are over, whichever comes first; then it
+    is sent and has its verdict. What waits when the program ends as usual is sent then. May be shared by threads.
+
+    Raises:
+        SendFailedError: from `send`, `flush` and `close`: the broker could not be reached, now or since the last call.
+            The messages concerned had the verdict REFUSED, and may be sent again.
+    """
+
+    def __init__(
+        self,
+        topic: Topic[T],
+        outlet: Outlet,
+        *,
+        size: int = MOST_MEMBERS,
+        linger: float | None = 0.05,
+        on_verdict: Callable[[Message[T], Verdict], None] | None = None,
+    ) -> None:
+        if isinstance(size, bool) or not 1 <= size <= MOST_MEMBERS:
+            raise ValueError(f"`size` must be 1 to {MOST_MEMBERS}, got {size!r}")
+        if linger is not None and not 0 <= linger < float("inf"):
+            raise ValueError(f"`linger` must be seconds, 0 or more, or None, got {linger!r}")
+        self._topic, self._outlet = topic, outlet
+        #: None: one by one. A bound counts messages, so they must be seen one by one.
+        self._packets = outlet if isinstance(outlet, PacketOutlet) and topic.max_waiting is None else None
+        self._size, self._linger, self._on_verdict = size, linger, on_verdict
+        self._counts = dict.fromkeys(Verdict, 0)
+        self._ids = new_ids()
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._members: list[Member] = []
+        #: The messages that the members are, where somebody wants to hear of them.
+        self._messages: list[Message[T]] = []
+        self._bytes = 0
+        self._since = 0.0
+        self._sent_at = datetime.now(UTC)
+        self._error: SendError | None = None
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        if linger is not None:
+            _at_exit(self)
+
+    # -- for users
+
+    def send(
+        self,
+        data: T | Message[T],
+        *,
+        index: str | None = None,
+        max_retries: int | None = None,
+        once: Once | None = None,
+    ) -> None:
+        """Take one message, as `Topic.send` does; it is sent soon. What cannot be sent has the verdict REFUSED.
+
+        Args:
+            data: what the handlers get, or a message.
+            index: the business name; else what the data says, else the topic's `index=`, else the id.
+            max_retries: this message's own limit.
+            once: this message's own once-rule.
+
+        Raises:
+            ValueError: the sender is closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise ValueError(f"this sender of topic `{self._topic.name}` is closed: make a new one")
+            self._raise()
+            if not self._members:
+                self._sent_at = datetime.now(UTC)
+            try:
+                if self._packets is None or self._on_verdict or isinstance(data, Message) or max_retries is not None:
+                    self._take_whole(data, index, max_retries, once)
+                else:
+                    self._take(data, index, once)
+            except MessageError:
+                self._refuse(data)
+
+    def flush(self) -> None:
+        """Send what waits, and return when the broker has it."""
+        with self._lock:
+            self._flush()
+            self._raise()
+
+    def close(self) -> SendReport:
+        """Send what waits, and end. Twice is safe.
+
+        Returns:
+            How many messages ended in which verdict.
+        """
+        with self._lock:
+            self._is_closed = True
+            self._wake.notify_all()
+            self._flush()
+            self._raise()
+            return self.report
+
+    @property
+    def report(self) -> SendReport:
+        """How many messages ended in which verdict so far; those that wait are not counted."""
+        return SendReport(**{verdict.value: count for verdict, count in self._counts.items()})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            self.close()
+        except SendError:
+            if kind is None:
+                raise
+
+    # -- taking
+
+    def _take(self, data: T, index: str | None, once: Once | None) -> None:
+        """Take one message without making a Message of it, which nobody wants to see."""
+        topic = self._topic
+        topic.check_once(once)
+        named = topic.named(data, index)
+        plain = self._plain(data)
+        more = None if once is None else member_of(Message(None, topic.name, index="?", id="?", once=once), plain).more
+        self._add(Member(next(self._ids), named or "", msgspec.Raw(plain), more), len(plain), None)
+
+    def _take_whole(self, data: T | Message[T], index: str | None, max_retries: int | None, once: Once | None) -> None:
+        message = self._topic.message(data, index=index, max_retries=max_retries, once=once)
+        if self._packets is None:
+            self._push(message)
+        else:
+            try:
+                plain = self._plain(message.data)
+            except MessageError:
+                self._note(message, Verdict.REFUSED)
+            else:
+                self._add(member_of(message, plain, self._sent_at), len(plain), message)
+
+    def _plain(self, data: Any) -> bytes:
+        plain, limit = dump(self._topic.encode(data)), cast(PacketOutlet, self._outlet).max_payload
+        if len(plain) > limit:
+            raise TooLargeError(self._topic.name, len(plain), limit)
+        return plain
+
+    def _refuse(self, data: T | Message[T]) -> None:
+        # Its index is unusable: name it by its id, so that the callback has a message to look at.
+        if isinstance(data, Message):
+            data = data.data
+        self._note(Message(data, self._topic.name, index="?") if self._on_verdict else None, Verdict.REFUSED)
+
+    def _add(self, member: Member, size: int, message: Message[T] | None) -> None:
+        size += len(member.index) + _BESIDES
+        if self._members and self._bytes + size > MOST_BYTES:
+            self._flush()
+        self._members.append(member)
+        self._bytes += size
+        if message is not None and self._on_verdict:
+            self._messages.append(message)
+        if len(self._members) >= self._size or self._bytes >= MOST_BYTES:
+            self._flush()
+        elif len(self._members) == 1:
+            self._since = time.monotonic()
+            self._watch()
+
+    # -- sending
+
+    def _push(self, message: Message[T]) -> None:
+        try:
+            self._outlet.push(replace(message, data=self._topic.encode(message.data)))
+        except (MessageError, QueueFullError):
+            self._note(message, Verdict.REFUSED)
+        except SendUnknownError:
+            self._note(message, Verdict.UNKNOWN)
+        else:
+            self._note(message, Verdict.SENT)
+
+    def _flush(self) -> None:
+        if not self._members:
+            return
+        packet = Packet(self._topic.name, self._members, sent_at=self._sent_at)
+        messages: list[Message[T]] | list[None] = self._messages if self._on_verdict else [None] * len(self._members)
+        self._members, self._messages, self._bytes = [], [], 0
+        try:
+            cast(PacketOutlet, self._outlet).push_packet(packet)
+        except SendUnknownError:
+            verdict = Verdict.UNKNOWN
+        except SendError as exc:
+            verdict = Verdict.REFUSED
+            if not isinstance(exc, QueueFullError):
+                self._error = exc
+        else:
+            verdict = Verdict.SENT
+        for message in messages:
+            self._note(message, verdict)
+
+    def _note(self, message: Message[T] | None, verdict: Verdict) -> None:
+        self._counts[verdict] += 1
+        if self._on_verdict and message is not None:
+            self._on_verdict(message, verdict)
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    # -- what lingers
+
+    def _watch(self) -> None:
+        if self._linger is None:
+            return
+        if self._thread is None or not self._thread.is_alive():
+            # Refers weakly: a sender that nobody closed must not be kept by its own thread.
+            self._thread = threading.Thread(
+                target=_linger, args=(weakref.ref(self), self._wake), name="watch-sender", daemon=True
+            )
+            self._thread.start()
+        self._wake.notify_all()
+
+    def _look(self) -> float | None:
+        """Send what has waited long enough; return the seconds until the next look, or None where nothing waits."""
+        if not self._members:
+            return None
+        left = self._since + (self._linger or 0.0) - time.monotonic()
+        if left > 0:
+            return left
+        self._flush()
+        return None
+
+
+def _linger(sender: weakref.ref[Sender[Any]], wake: threading.Condition) -> None:
+    with wake:
+        while True:
+            one = sender()
+            if one is None or one._is_closed:
+                return
+            left = one._look()
+            del one
+            # Without anything to wait for it looks now and then whether its sender is still there.
+            wake.wait(1.0 if left is None else left)
+
+
+def _at_exit(sender: Sender[Any]) -> None:
+    refer = weakref.ref(sender)
+
+    def close() -> None:
+        one = refer()
+        if one is not None:
+            one.close()
+
+    atexit.register(close)
+    weakref.finalize(sender, atexit.unregister, close).atexit = False
+
+
+def send_all(
+    topic: Topic[T],
+    outlet: Outlet,
+    items: Iterable[T | Message[T]],
+    on_verdict: Callable[[Message[T], Verdict], None] | None,
+) -> SendReport:
+    """Send every item; see `Topic.send_many`."""
+    # Whatever ends the items, those that were read are sent.
+    with Sender(topic, outlet, linger=None, on_verdict=on_verdict) as sender:
+        for item in items:
+            sender.send(item)
+            # At once, not with the next item: that may be long in coming.
+            sender._raise()
+    return sender.report

@@ -1,0 +1,91 @@
+"""Packets under Celery: the internal task `watch._bulk`, and its request."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from celery import Celery
+
+from ..errors import MessageError, StorageError
+from ..members import Members, Taken
+from ..outcome import Busy, Dead, Fenced, Outcome, Reason
+from ..packets import Packet
+from ..queue import bulk, wire
+from .request import TopicRequest
+from .runtime import runtime_of
+from .task import TopicTask, Yielded, worker_of
+
+__all__ = ["PacketRequest", "PacketTask", "register_packets"]
+
+logger = logging.getLogger(__name__)
+
+
+class PacketTask(TopicTask):
+    """Handles the members of a packet; each keeps its own id, claim, record and dead letter.
+
+    It is acked when each of them is recorded, dead, or has left as a message of its own.
+    """
+
+    name = bulk.TASK
+    Request = f"{__name__}:PacketRequest"
+
+    def run(self, raw: bytes) -> str:
+        runtime = runtime_of(self.app)
+        pipeline = runtime.pipeline(*worker_of(self.request, runtime))
+        members = Members(pipeline, runtime.is_stopping)
+        with self.settling():
+            packet = bulk.read(raw, {"id": self.request.id, wire.HEADER: self.request.get(wire.HEADER)})
+            if (self.request.delivery_info or {}).get("redelivered"):
+                taken = members.take_apart(packet)
+            else:
+                taken = members.handle(packet)
+            self._publish_all(packet, taken)
+        if any(isinstance(one.outcome, Fenced) for one in taken):
+            raise Yielded("a member was taken over by another worker")
+        return _told(taken)
+
+    def _publish_all(self, packet: Packet, taken: list[Taken]) -> None:
+        """Publish what goes on; what the worker left untouched because it stops, as a packet again."""
+        runtime = runtime_of(self.app)
+        for one in taken:
+            if one.message is not None and not one.is_left:
+                self.publish(runtime, one.message, one.outcome)
+        left = [one.member for one in taken if one.is_left]
+        if left:
+            rest = Packet(packet.topic, left, sent_at=packet.sent_at)
+            self.patiently(runtime, lambda: runtime.outlet.push_packet(rest, self.request))
+
+
+class PacketRequest(TopicRequest):
+    """One delivery of a packet: it holds the claims of all its members."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        # The child decodes the members by itself: to Celery their JSON is one argument, as bytes.
+        super().__init__(message, **{**options, "body": message.payload, "decoded": True})
+        self._raw: bytes = message.payload[0][0]
+        self._ids = bulk.names(self._raw)
+
+    def bury(self, reason: Reason, error: BaseException | str, *, crashes: int = 0) -> Outcome:
+        """Make a dead letter of each member, unless its id is settled; the Outcome is Dead where all are kept."""
+        try:
+            packet = bulk.read(self._raw, self.request_dict)
+            clerk = self._runtime.clerk
+            taken = Members(clerk, lambda: True).bury(packet, reason, error)
+        except MessageError as exc:
+            return self._runtime.clerk.bury(Reason.MALFORMED, exc, id=self.id, raw=self._raw)
+        except StorageError as exc:
+            logger.error("could not bury the members of packet %s: %s", self.id, exc)
+            return Busy(0.0)
+        return next((one.outcome for one in taken if not isinstance(one.outcome, Dead)), Dead(reason))
+
+
+def register_packets(app: Celery) -> None:
+    """Make the task of packets one of an app's."""
+    app.register_task(PacketTask())
+
+
+def _told(taken: list[Taken]) -> str:
+    counts = Counter(type(one.outcome).__name__.lower() for one in taken)
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
