@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that what is handled waits at most to be recorded together with others.
 _TOGETHER: Final = 1.0
+#: Seconds after which a packet's members that are not begun are left to others: by then there may be workers with
+#: nothing to do.
+_ENOUGH: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Taken:
     #: None: it is no message, and buried.
     message: Message[Any] | None
     outcome: Outcome
-    #: Whether it was given back untouched, because the worker is asked to stop.
+    #: Whether it was given back untouched, because the worker is asked to stop or is long at the packet already.
     is_left: bool = False
 
 
@@ -56,12 +59,13 @@ class Members:
     def handle(self, packet: Packet) -> list[Taken]:
         """Handle each member. What is not settled by that leaves as a message of its own, or as a packet."""
         taken: list[Taken] = []
+        until = time.monotonic() + _ENOUGH
         with self._pipeline.company:
             waiting = list(self._read(packet, taken))
             while waiting:
                 # What a member before it may decide waits until that is recorded.
                 now, waiting = _apart(waiting, self._pipeline)
-                taken += _Round(self._pipeline, self._stopping).handle(now)
+                taken += _Round(self._pipeline, lambda: self._stopping() or time.monotonic() > until).handle(now)
         return taken
 
     def take_apart(self, packet: Packet) -> list[Taken]:
@@ -112,8 +116,8 @@ class Members:
 class _Round:
     """Some members at once, of which none decides on another."""
 
-    def __init__(self, pipeline: Pipeline, stopping: Callable[[], bool]) -> None:
-        self._pipeline, self._stopping = pipeline, stopping
+    def __init__(self, pipeline: Pipeline, enough: Callable[[], bool]) -> None:
+        self._pipeline, self._enough = pipeline, enough
         self._outcomes: dict[int, Outcome] = {}
         #: Those that are handled and not recorded yet.
         self._ended: list[tuple[int, Settlement]] = []
@@ -142,7 +146,7 @@ class _Round:
                 while works and time.monotonic() < began + _TOGETHER:
                     number = next(iter(works))
                     work = works[number]
-                    if self._stopping():
+                    if self._enough():
                         left.add(number)
                         ended = Settlement(work.commit(Step.RELEASED), Busy(0.0))
                     elif work.crashes:

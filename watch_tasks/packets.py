@@ -19,9 +19,9 @@ from .schema import load
 
 __all__ = ["MOST_BYTES", "MOST_MEMBERS", "Member", "Packet", "member_of", "new_ids", "read_member"]
 
-#: Members that a packet has at most, and bytes of JSON: enough that what each costs alone is most of it, and few enough
-#: that one worker is not long at it while others have nothing to do.
-MOST_MEMBERS: Final = 100
+#: Members that a packet has at most, and bytes of JSON: so many that what the packet itself costs hardly counts, and so
+#: few that a group of them does not keep a server from others for long.
+MOST_MEMBERS: Final = 250
 MOST_BYTES: Final = 262_144
 
 

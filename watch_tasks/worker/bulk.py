@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from celery import Celery
@@ -47,15 +48,17 @@ class PacketTask(TopicTask):
         return _told(taken)
 
     def _publish_all(self, packet: Packet, taken: list[Taken]) -> None:
-        """Publish what goes on; what the worker left untouched because it stops, as a packet again."""
+        """Publish what goes on; what was left untouched, as packets again."""
         runtime = runtime_of(self.app)
         for one in taken:
             if one.message is not None and not one.is_left:
                 self.publish(runtime, one.message, one.outcome)
         left = [one.member for one in taken if one.is_left]
-        if left:
-            rest = Packet(packet.topic, left, sent_at=packet.sent_at)
-            self.patiently(runtime, lambda: runtime.outlet.push_packet(rest, self.request))
+        middle = (len(left) + 1) // 2
+        # In two, so that what is slow to handle is soon spread over all workers.
+        for half in filter(None, (left[:middle], left[middle:])):
+            rest = Packet(packet.topic, half, sent_at=packet.sent_at)
+            self.patiently(runtime, partial(runtime.outlet.push_packet, rest, self.request))
 
 
 class PacketRequest(TopicRequest):
