@@ -28,6 +28,18 @@ logger = logging.getLogger(__name__)
 #: Tells the exceptions by which a driver interrupts a handler, to end its process, from those of the handler itself.
 Interrupts = Callable[[BaseException], bool]
 
+#: How many forks lead from the first process to this one. Cheaper than to ask the system who we are.
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
 #: Seconds between further cuts, for a handler that caught the first one and went on.
 _AGAIN: Final = 1.0
 
@@ -59,14 +71,13 @@ def run_handler(
         Exception: whatever else it raised.
     """
     started = time.monotonic()
-    process = os.getpid()
+    forks = _forks
     try:
-        with _deadline(handler, message, seconds, kill_after):
-            result = handler.function(message)
-            if inspect.isgenerator(result) or inspect.isasyncgen(result):
-                raise TypeError(f"handler `{handler.name}` is a generator, of which nothing was run: it must not yield")
-            if inspect.isawaitable(result):
-                _await(result, seconds, lambda left: _timed_out(handler, message, left))
+        if seconds is None:
+            _call(handler, message, None)
+        else:
+            with _deadline(handler, message, seconds, kill_after):
+                _call(handler, message, seconds)
     except Exception:
         raise
     except BaseException as exc:
@@ -76,11 +87,21 @@ def run_handler(
             f"handler `{handler.name}` raised {type(exc).__name__}({exc}), which would have ended its worker"
         ) from exc
     finally:
-        if os.getpid() != process:
+        if _forks != forks:
             # A fork that the handler let run on: the message is its parent's to settle.
             os._exit(1 if sys.exc_info()[0] else 0)
     if seconds is not None and time.monotonic() - started > seconds:
         raise _timed_out(handler, message, seconds)
+
+
+def _call(handler: Handler, message: Message[Any], seconds: float | None) -> None:
+    result = handler.function(message)
+    if result is None:
+        return
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError(f"handler `{handler.name}` is a generator, of which nothing was run: it must not yield")
+    if inspect.isawaitable(result):
+        _await(result, seconds, lambda left: _timed_out(handler, message, left))
 
 
 def _timed_out(handler: Handler, message: Message[Any], seconds: float) -> HandlerTimeoutError:
@@ -90,12 +111,8 @@ def _timed_out(handler: Handler, message: Message[Any], seconds: float) -> Handl
 
 
 @contextmanager
-def _deadline(
-    handler: Handler, message: Message[Any], seconds: float | None, kill_after: float | None
-) -> Iterator[None]:
-    if seconds is None:
-        yield
-    elif threading.current_thread() is threading.main_thread():
+def _deadline(handler: Handler, message: Message[Any], seconds: float, kill_after: float | None) -> Iterator[None]:
+    if threading.current_thread() is threading.main_thread():
         with _alarm(lambda: _timed_out(handler, message, seconds), seconds, kill_after):
             yield
     else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
-from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime
 from types import BuiltinMethodType
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+import msgspec
+from msgspec.structs import force_setattr, replace
 
 from .errors import MessageError
 
@@ -58,19 +61,20 @@ def index_of(data: object) -> str | None:
     return check_index(index()) if callable(index) and not isinstance(index, BuiltinMethodType) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Message(Generic[T]):
+class _Positional(msgspec.Struct, Generic[T], frozen=True):
+    #: What the handlers work on; its shape is the topic's schema.
+    data: T
+    #: The kind of message: the name of a `Topic`.
+    topic: str = ""
+
+
+class Message(_Positional[T], frozen=True, kw_only=True):
     """One unit to handle. Immutable, so that threads may share it.
 
     Raises:
         MessageError: the index, the once-rule or a number is out of its range.
     """
 
-    #: What the handlers work on; its shape is the topic's schema.
-    data: T
-    #: The kind of message: the name of a `Topic`.
-    topic: str = ""
-    _: KW_ONLY
     #: The business thing it is about. Unset: what the data says as an Indexer, else the id.
     index: str = ""
     #: Its own name, the same over all retries: the Celery task id. Unset: a fresh one.
@@ -84,7 +88,7 @@ class Message(Generic[T]):
     #: Names of the handlers that finished; a retry resumes after them.
     handled: tuple[str, ...] = ()
     #: When it was made, by the sender's clock.
-    sent_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    sent_at: datetime = msgspec.field(default_factory=lambda: datetime.now(UTC))
     #: Number of this copy: a retry, a snooze and a replay travel as the next one.
     copy: int = 0
     #: End of this attempt, while it is handled. Not on the wire.
@@ -95,18 +99,29 @@ class Message(Generic[T]):
     idempotency_key: str = ""
     #: While a handler of a topic with `transactional=True` runs: the `sqlalchemy.Connection` in whose transaction its
     #: message is recorded. Not on the wire.
-    connection: Any = field(default=None, compare=False, repr=False)
+    connection: Any = None
 
     def __post_init__(self) -> None:
         if not self.id:
-            object.__setattr__(self, "id", new_id())
-        object.__setattr__(self, "index", check_index(self.index or index_of(self.data) or self.id))
+            force_setattr(self, "id", new_id())
+        index = self.index
+        if not index:
+            index = index_of(self.data) or self.id
+            force_setattr(self, "index", index)
+        check_index(index)
         _check_count("retries", self.retries)
         _check_count("copy", self.copy)
         if self.max_retries is not None:
             _check_count("max_retries", self.max_retries)
-        if self.once not in (None, "message", "index", "none"):
+        if self.once is not None and self.once not in ("message", "index", "none"):
             raise MessageError(f'`once` must be "message", "index" or "none", got {self.once!r}')
+
+    def for_attempt(self, **fields: Any) -> Message[T]:
+        """Return the message with these fields set, unchecked: for what a worker knows of an attempt."""
+        made = copy.copy(self)
+        for name, value in fields.items():
+            force_setattr(made, name, value)
+        return made
 
     def next_copy(self, *, retries: int, handled: tuple[str, ...]) -> Message[T]:
         """Return the copy by which a retry, a snooze or a replay travels on."""
@@ -123,5 +138,5 @@ class Message(Generic[T]):
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if value.__class__ is not int or value < 0:
         raise MessageError(f"`{name}` must be a whole number, 0 or more, got {value!r}")

@@ -140,7 +140,8 @@ class Pipeline:
         """
         found = list(map(self._read, messages, plains or itertools.repeat(None)))
         asked = [work for work in found if isinstance(work, Work) and work.once != "none"]
-        claims = [work.claim(self._lease, f"{os.getpid()}.{next(self._nonces)}", started) for work in asked]
+        process = os.getpid()
+        claims = [work.claim(self._lease, f"{process}.{next(self._nonces)}", started) for work in asked]
         try:
             answers = self._patiently(lambda: self.storage.claim_many(claims))
         except StorageUnavailableError:
@@ -309,6 +310,8 @@ class Pipeline:
 
 
 def _log(commit: Commit, outcome: Outcome) -> None:
+    if not isinstance(outcome, Dead) and not logger.isEnabledFor(logging.INFO):
+        return
     action = type(outcome).__name__.lower()
     extra = {"action": action, "topic": commit.topic, "message_id": commit.id, "index": commit.index}
     match outcome:

@@ -10,10 +10,11 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from . import points
 from .errors import StorageUnavailableError, TransactionLostError

@@ -11,12 +11,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import msgspec
+from msgspec.structs import replace
 
 from .errors import MessageError, QueueFullError, SendError, SendUnknownError, TooLargeError
 from .message import Message, Once

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar, cast, overload
+
+from msgspec.structs import replace
 
 from .errors import MessageError, SchemaError, TopicError
 from .message import Message, Once, check_index, index_of

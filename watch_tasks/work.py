@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from .message import Message, Once
 from .outcome import Busy, Outcome, Reason, Retry, Snoozed
@@ -41,6 +42,21 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
         kept = msgspec.json.decode(stored, type=Progress)
         more = tuple(name for name in self.handled if name not in kept.handled)
         return Progress(max(kept.retries, self.retries), kept.handled + more, kept.attempts)
+
+
+class _Note(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the story of an index tells of an event."""
+
+    id: str
+    copy: int
+    retries: int | None = None
+    handler: str | None = None
+    seconds: float | None = None
+    error: str | None = None
+    worker: str | None = None
+
+
+_encode: Final = msgspec.json.Encoder().encode
 
 
 @dataclass(slots=True)
@@ -130,8 +146,7 @@ class Work:
 
     def for_handler(self, name: str, deadline: datetime | None, connection: Any = None) -> Message[Any]:
         """Return the message as a handler gets it."""
-        return replace(
-            self.received,
+        return self.received.for_attempt(
             data=self.data,
             retries=self.progress.retries,
             handled=self.progress.handled,
@@ -175,10 +190,18 @@ class Work:
             notes=tuple(notes),
         )
 
-    def note(self, **fields: Any) -> bytes:
+    def note(
+        self,
+        *,
+        retries: int | None = None,
+        handler: str | None = None,
+        seconds: float | None = None,
+        error: str | None = None,
+        worker: str | None = None,
+    ) -> bytes:
         """Return an event's details as JSON, without those that say nothing."""
-        told = {name: value for name, value in fields.items() if value is not None}
-        return msgspec.json.encode({"id": self.received.id, "copy": self.received.copy, **told})
+        message = self.received
+        return _encode(_Note(message.id, message.copy, retries, handler, seconds, error, worker))
 
     def record(self, seconds: float) -> bytes:
         """Return the record that it was handled."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
+from msgspec import structs
 
 from watch_tasks.storage.base import Storage
 from watch_tasks.storage.kept import Entry, Key, State, Status
@@ -139,7 +140,7 @@ class NoNewer(Rules):
     """An old message is replayed though a newer one of its index was handled."""
 
     def replay(self, replay: Replay) -> tuple[Replayed, int]:
-        return super().replay(replace(replay, force=True))
+        return super().replay(structs.replace(replay, force=True))
 
 
 def find_violation(mutant: type[Rules], machine: type[StorageMachine] = StorageMachine) -> Violation | None:

@@ -6,9 +6,10 @@ The rules that a storage must keep in answering are those of `docs/protocol.md`;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+import msgspec
 
 from ..message import Once
 
@@ -30,8 +31,7 @@ __all__ = [
 STORY_LENGTH: Final = 200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """May this worker handle this copy of a message now?"""
 
     topic: str
@@ -59,8 +59,7 @@ class Claim:
     note: bytes = b"{}"
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True):
     """Handle it: the claim holds until its lease ends, and counts until somebody else takes over."""
 
     #: Higher than every token granted before by this storage.
@@ -84,8 +83,7 @@ class Refusal(StrEnum):
     CONFLICT = "conflict"  #: other data was handled under the index, and the once-rule says once
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """Do not handle it."""
 
     why: Refusal
@@ -104,8 +102,7 @@ class Step(StrEnum):
     RELEASED = "released"  #: the worker gives it back unfinished, at no cost; `blob` is its progress
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
     """Make this of that message, if its token is still the newest.
 
     Committing the same again (its answer was lost) is accepted and changes nothing.
@@ -139,8 +136,7 @@ class Settled(StrEnum):
     REFUSED = "refused"  #: the token is not the newest: nothing was changed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Put:
+class Put(msgspec.Struct, frozen=True, kw_only=True):
     """Keep this record, handled elsewhere or earlier."""
 
     topic: str
@@ -158,8 +154,7 @@ class Put:
     only_newer: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
     """May the dead letter of this id be published as its next copy?"""
 
     id: str

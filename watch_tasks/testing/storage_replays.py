@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..storage.base import Storage
 from ..storage.protocol import Claim, Refusal, Replay, Replayed, Step
