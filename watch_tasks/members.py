@@ -7,8 +7,10 @@ claimed before their handlers start. So a crash counts against none of them; aft
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that what is handled waits at most to be recorded together with others.
 _TOGETHER: Final = 1.0
+#: Seconds between two looks whether it is enough.
+_LOOK: Final = 0.001
 #: Seconds after which a packet's members that are not begun are left to others: by then there may be workers with
 #: nothing to do.
 _ENOUGH: Final = 2.0
@@ -125,7 +129,7 @@ class _Round:
 
     def handle(self, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Taken]:
         begun = _begin(self._pipeline, pairs)
-        works = {number: work for number, work in enumerate(begun) if isinstance(work, Work)}
+        works = deque((number, work) for number, work in enumerate(begun) if isinstance(work, Work))
         left: set[int] = set()
         try:
             self._run(works, left)
@@ -138,25 +142,25 @@ class _Round:
             for number, ((member, message), outcome) in enumerate(zip(pairs, begun, strict=True))
         ]
 
-    def _run(self, works: dict[int, Work], left: set[int]) -> None:
+    def _run(self, works: deque[tuple[int, Work]], left: set[int]) -> None:
+        looked = -math.inf
         while works:
             # In a thread of its own, should a handler take longer than that.
             with watchdog.report(_TOGETHER, self._settle_early):
-                began = time.monotonic()
-                while works and time.monotonic() < began + _TOGETHER:
-                    number = next(iter(works))
-                    work = works[number]
-                    if self._enough():
+                now = began = time.monotonic()
+                while works and now < began + _TOGETHER:
+                    number, work = works[0]
+                    if now > looked + _LOOK:
+                        looked, is_enough = now, self._enough()
+                    if is_enough:
                         left.add(number)
-                        ended = Settlement(work.commit(Step.RELEASED), Busy(0.0))
-                    elif work.crashes:
-                        # Its next try must count, and hurt nobody else.
-                        ended = Settlement(work.commit(Step.RELEASED), Busy(0.0))
-                    else:
-                        ended = self._pipeline.run(work)
-                    del works[number]
+                    # One with crashes: its next try must count, and hurt nobody else.
+                    is_run = not is_enough and not work.crashes
+                    ended = self._pipeline.run(work) if is_run else Settlement(work.commit(Step.RELEASED), Busy(0.0))
+                    works.popleft()
                     with self._lock:
                         self._ended.append((number, ended))
+                    now = time.monotonic()
             self._settle()
 
     def _settle_early(self) -> None:
@@ -171,10 +175,10 @@ class _Round:
             self._outcomes.update(zip((number for number, _ in self._ended), outcomes, strict=True))
             self._ended.clear()
 
-    def _give_back(self, works: dict[int, Work]) -> None:
+    def _give_back(self, works: deque[tuple[int, Work]]) -> None:
         commits = [settlement.commit for _, settlement in self._ended if not settlement.is_stored]
         # The first of these is the one in hand: whoever interrupted it has said what becomes of it.
-        commits += [work.commit(Step.RELEASED) for work in list(works.values())[1:] if work.token is not None]
+        commits += [work.commit(Step.RELEASED) for _, work in list(works)[1:] if work.token is not None]
         try:
             self._pipeline.storage.commit_many(commits)
         except StorageUnavailableError:

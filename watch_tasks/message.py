@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import uuid
 from datetime import UTC, datetime
 from types import BuiltinMethodType
@@ -109,8 +108,10 @@ class Message(_Positional[T], frozen=True, kw_only=True):
             index = index_of(self.data) or self.id
             force_setattr(self, "index", index)
         check_index(index)
-        _check_count("retries", self.retries)
-        _check_count("copy", self.copy)
+        if self.retries != 0:
+            _check_count("retries", self.retries)
+        if self.copy != 0:
+            _check_count("copy", self.copy)
         if self.max_retries is not None:
             _check_count("max_retries", self.max_retries)
         if self.once is not None and self.once not in ("message", "index", "none"):
@@ -118,7 +119,7 @@ class Message(_Positional[T], frozen=True, kw_only=True):
 
     def for_attempt(self, **fields: Any) -> Message[T]:
         """Return the message with these fields set, unchecked: for what a worker knows of an attempt."""
-        made = copy.copy(self)
+        made = self.__copy__()
         for name, value in fields.items():
             force_setattr(made, name, value)
         return made

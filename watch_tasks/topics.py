@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar, cast, overload
+from typing import Any, Final, Generic, TypeVar, overload
 
 from msgspec.structs import replace
 
@@ -293,7 +293,10 @@ class Topic(Generic[T]):
         Raises:
             SchemaError: it does not fit; the text says where.
         """
-        return self._translate(self.schema.encode, data)
+        try:
+            return self.schema.encode(data)
+        except Exception as exc:  # a schema is the user's: whatever it raises means "does not fit"
+            raise self._unfit(exc) from exc
 
     def decode(self, plain: Any) -> T:
         """Return the data that plain JSON values stand for.
@@ -301,13 +304,13 @@ class Topic(Generic[T]):
         Raises:
             SchemaError: they do not fit; the text says where.
         """
-        return cast(T, self._translate(self.schema.decode, plain))
-
-    def _translate(self, function: Callable[[Any], Any], value: Any) -> Any:
         try:
-            return function(value)
-        except Exception as exc:  # a schema is the user's: whatever it raises means "does not fit"
-            raise SchemaError(f"topic `{self.name}`: {exc}") from exc
+            return self.schema.decode(plain)
+        except Exception as exc:  # as above
+            raise self._unfit(exc) from exc
+
+    def _unfit(self, error: Exception) -> SchemaError:
+        return SchemaError(f"topic `{self.name}`: {error}")
 
     def _bound(self) -> Outlet:
         if self._outlet is None:
