@@ -119,7 +119,8 @@ class Message(_Positional[T], frozen=True, kw_only=True):
 
     def for_attempt(self, **fields: Any) -> Message[T]:
         """Return the message with these fields set, unchecked: for what a worker knows of an attempt."""
-        made = self.__copy__()
+        untyped: Any = self  # structs copy themselves, which their types do not say
+        made: Message[T] = untyped.__copy__()
         for name, value in fields.items():
             force_setattr(made, name, value)
         return made
