@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -115,6 +112,7 @@ def scorecard(
 
     Exit code 5: one of them could not be measured; 4: the database is not empty.
     """
+    from ..scorecard.signals import Signals
     from ..scorecard.stage import ContenderError, open_stage
     from ..scorecard.trial import Sizes, try_out
 
@@ -126,7 +124,7 @@ def scorecard(
     sizes = Sizes(processes=processes, wait=wait).scaled(scale)
     begun = time.monotonic()
     scores = []
-    with _ended_by_signals(), open_stage(broker) as stage:
+    with Signals() as signals, open_stage(signals, broker) as stage:
         machine = f"{_machine()}, {stage.server()}"
         for contender in chosen:
             fields: dict[str, Any] = {"contender": contender.name, "version": contender.version, "processes": processes}
@@ -180,25 +178,6 @@ def _check_writable(file: Path) -> None:
         raise CommandError(f"`--plot`: {str(file)!r} cannot be written", USAGE)
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """End as by Ctrl-C at whatever asks this process to end; but once only, so that cleaning up is not cut off."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        note("stopping")
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _machine() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
@@ -216,7 +195,7 @@ def _figures(score: Score) -> dict[str, Any]:
     del fields["contender"]
     fields |= fields.pop("kill")
     fields["timeline"] = {"step": STEP, **fields["timeline"]}
-    return {name: fields[name] for name in FIGURES}
+    return {name: _rounded(fields[name]) for name in FIGURES}
 
 
 def _show(scores: Sequence[Score], wait: float) -> None:
@@ -303,3 +282,8 @@ def _milliseconds(seconds: float | None) -> str | None:
 
 def _recovery(seconds: float | None, wait: float) -> str:
     return f"> {wait:g} s" if seconds is None else f"{seconds:.1f} s"
+
+
+def _rounded(value: Any) -> Any:
+    """Return a number to the microsecond, and anything else as it is."""
+    return round(value, 6) if isinstance(value, float) else value

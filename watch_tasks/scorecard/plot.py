@@ -65,7 +65,7 @@ def text_bars(timeline: Timeline, peak: int, blocks: str = BLOCKS) -> tuple[str,
     """
     ahead = round(-timeline.start / STEP)
     top = len(blocks) - 1
-    bars = [blocks[-(-count * top // max(peak, 1)) if count < peak else top] for count in timeline.handled]
+    bars = [blocks[min(-(-count * top // max(peak, 1)), top)] for count in timeline.handled]
     marks = ["^" if count else " " for count in timeline.late]
     return (
         "".join([*bars[:ahead], "|", *bars[ahead:]]).rstrip(),

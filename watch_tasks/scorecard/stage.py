@@ -20,6 +20,7 @@ from ..worker.embedded import EmbeddedServer
 from .contenders import BROKER
 from .guard import Guard
 from .ledger import LEDGER
+from .signals import Signals
 
 __all__ = ["ContenderError", "Process", "Stage", "count_keys", "open_stage"]
 
@@ -93,19 +94,21 @@ class Stage:
         folder: for logs and ledgers.
         url: the server.
         guard: knows what runs.
+        signals: kept while something is being started.
     """
 
-    def __init__(self, folder: Path, url: str, guard: Guard) -> None:
+    def __init__(self, folder: Path, url: str, guard: Guard, signals: Signals) -> None:
         self.folder = folder
         self.url = url
         self._guard = guard
+        self._signals = signals
         self._running: list[Process] = []
 
     def start(self, name: str, arguments: list[str], ledger: Path) -> Process:
         """Start `python -m` with these arguments; what it does is written to the ledger."""
         own = {name: value for name, value in os.environ.items() if not name.lower().startswith(_SETTINGS)}
         log = self.folder / f"{name.replace(' ', '-')}.log"
-        with log.open("ab") as output:
+        with log.open("ab") as output, self._signals.held():
             popen = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 cwd=self.folder,
@@ -121,9 +124,9 @@ class Stage:
                 stderr=output,
                 start_new_session=True,
             )
-        process = Process(name, popen, log, self._guard)
-        self._running.append(process)
-        self._guard.add(process.group)
+            process = Process(name, popen, log, self._guard)
+            self._running.append(process)
+            self._guard.add(process.group)
         return process
 
     def server(self) -> str:
@@ -143,10 +146,11 @@ class Stage:
 
 
 @contextmanager
-def open_stage(broker: str | None = None) -> Iterator[Stage]:
+def open_stage(signals: Signals, broker: str | None = None) -> Iterator[Stage]:
     """Set everything up, and take it away again: processes, server and folder.
 
     Args:
+        signals: those that end the run.
         broker: the URL of a Redis or Valkey to use, whose database is emptied; None: an embedded one.
 
     Raises:
@@ -157,21 +161,22 @@ def open_stage(broker: str | None = None) -> Iterator[Stage]:
     try:
         guard = Guard(folder)
         try:
-            yield from _opened(folder, guard, broker)
+            yield from _opened(folder, guard, signals, broker)
         finally:
             guard.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _opened(folder: Path, guard: Guard, broker: str | None) -> Iterator[Stage]:
+def _opened(folder: Path, guard: Guard, signals: Signals, broker: str | None) -> Iterator[Stage]:
     server = None if broker else EmbeddedServer(folder / "server")
     try:
         if server:
-            broker = _start(server)
-            if server.pid:
-                guard.add(server.pid)
-        stage = Stage(folder, str(broker), guard)
+            with signals.held():
+                broker = _start(server)
+                if server.pid:
+                    guard.add(server.pid)
+        stage = Stage(folder, str(broker), guard, signals)
         try:
             yield stage
         finally:

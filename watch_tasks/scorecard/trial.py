@@ -54,7 +54,7 @@ class Sizes:
         return replace(
             self,
             messages=max(round(self.messages * scale), 10),
-            limit=self.limit * scale,
+            limit=max(self.limit * scale, 1.0),
             seconds=max(self.seconds * scale, 0.2),
             before=max(self.before * least, 0.5),
             after=max(self.after * least, 0.5),
