@@ -131,17 +131,21 @@ class Stage:
 
     def server(self) -> str:
         """Return what the server is, with its version."""
-        with _client(self.url) as client:
+        with _answering(self.url) as client:
             told: Any = client.info("server")
         if told.get("server_name") == "valkey":
             return f"Valkey {told.get('valkey_version')}"
         return f"Redis {told.get('redis_version')}"
 
     def clear(self) -> None:
-        """End all processes, and empty the server."""
+        """End all processes, and empty the server.
+
+        Raises:
+            QueueUnavailableError: it does not answer any more.
+        """
         while self._running:
             self._running.pop().kill()
-        with _client(self.url) as client:
+        with _answering(self.url) as client:
             client.flushdb()
 
 
@@ -200,15 +204,18 @@ def count_keys(url: str) -> int:
         ConfigurationError: the URL cannot be read.
         QueueUnavailableError: the server does not answer, or does not let us in.
     """
+    with _answering(url) as client:
+        return int(client.dbsize())
+
+
+@contextmanager
+def _answering(url: str) -> Iterator[redis.Redis]:
+    """Give a client of the server, whose errors are ours."""
     try:
-        with _client(url) as client:
-            return int(client.dbsize())
+        # The socket of the embedded server has a scheme of its own at redis-py.
+        with redis.Redis.from_url(url.replace("redis+socket://", "unix://"), socket_connect_timeout=5) as client:
+            yield client
     except ValueError as exc:
         raise ConfigurationError(f"`--broker` must be like redis://localhost:6379/9: {exc}") from exc
     except (redis.RedisError, OSError) as exc:
         raise QueueUnavailableError(f"the broker does not answer: {exc}") from exc
-
-
-def _client(url: str) -> redis.Redis:
-    # The socket of the embedded server has a scheme of its own at redis-py.
-    return redis.Redis.from_url(url.replace("redis+socket://", "unix://"), socket_connect_timeout=5)

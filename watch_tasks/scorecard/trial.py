@@ -131,12 +131,17 @@ class _Trial:
         count = sizes.messages * (10 if self._contender.is_bulk else 1)
         batch = count * self._contender.is_bulk
         sender = self._sender("heap", arguments(file, first=0, count=count, batch=batch, limit=sizes.limit))
-        sender.wait(PATIENCE * 2)
+        sender.wait(sizes.limit + PATIENCE)
         sent = read_sent(file)
         begun, done = min(before for before, _ in sent.values()), max(after for _, after in sent.values())
         worker = self._worker("a")
-        # Seldom: reading takes from what is measured.
-        self._until(lambda: sent.keys() <= self._ledger.read().handled, "the heap is handled", worker, every=0.25)
+        # Handling may take a few times as long as sending. Looked at seldom: it takes from what is measured.
+        patience = PATIENCE + 10 * sizes.limit
+
+        def all_handled() -> bool:
+            return sent.keys() <= self._ledger.read().handled
+
+        self._until(all_handled, "the heap is handled", worker, every=0.25, patience=patience)
         return len(sent) / (done - begun), worker, rate(effect.at for effect in self._ledger.effects)
 
     def _keep_pace(self, worker: Process) -> list[float]:
@@ -208,17 +213,24 @@ class _Trial:
     def _file(self, part: str) -> Path:
         return self._stage.folder / f"{self._contender.name}.{part}"
 
-    def _until(self, condition: Callable[[], bool], what: str, *processes: Process, every: float = 0.02) -> None:
+    def _until(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        *processes: Process,
+        every: float = 0.02,
+        patience: float = PATIENCE,
+    ) -> None:
         """Wait for what the processes are to bring about.
 
         Raises:
             ContenderError: it does not come, or one of them ended.
         """
-        deadline = now() + PATIENCE
+        deadline = now() + patience
         while not condition():
             for process in processes:
                 if not process.is_running:
                     raise ContenderError(f"{process.name} ended by itself{process.words()}")
             if now() > deadline:
-                raise ContenderError(f"not within {PATIENCE:g} s: {what}{processes[0].words()}")
+                raise ContenderError(f"not within {patience:g} s: {what}{processes[0].words()}")
             time.sleep(every)
