@@ -208,28 +208,30 @@ class TestWhatIsTold:
 
 
 class TestABrokerOfTheUsers:
+    """A server that no transport of another test looks after."""
+
     @pytest.mark.integration
-    def test_is_refused_where_it_is_not_empty_and_left_as_it_is(self, valkey: RedisServer) -> None:
-        with valkey.client() as client:
+    def test_is_refused_where_it_is_not_empty_and_left_as_it_is(self, own_valkey: RedisServer) -> None:
+        with own_valkey.client() as client:
             client.set("theirs", 1)
 
-        result = CliRunner().invoke(group, ["scorecard", "--broker", valkey.url])
+        result = CliRunner().invoke(group, ["scorecard", "--broker", own_valkey.url])
 
         assert result.exit_code == 4
         assert "holds 1 key" in result.stderr
-        with valkey.client() as client:
+        with own_valkey.client() as client:
             assert client.keys() == [b"theirs"]
 
     @pytest.mark.integration
-    def test_is_used_and_left_empty(self, valkey: RedisServer, tmp_path: Path) -> None:
+    def test_is_used_and_left_empty(self, own_valkey: RedisServer, tmp_path: Path) -> None:
         from watch_tasks.scorecard.signals import Signals
 
-        with Signals() as signals, stage.open_stage(signals, valkey.url) as opened, valkey.client() as client:
+        with Signals() as signals, stage.open_stage(signals, own_valkey.url) as opened, own_valkey.client() as client:
             client.set("ours", 1)
-            assert opened.url == valkey.url
+            assert opened.url == own_valkey.url
             assert opened.server().startswith("Valkey ")
 
-        with valkey.client() as client:
+        with own_valkey.client() as client:
             assert client.keys() == []
 
     @pytest.mark.parametrize(
