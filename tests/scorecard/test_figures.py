@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from watch_tasks.scorecard.figures import STEP, Kill, judge_kill, latencies, percentile, rate
+from watch_tasks.scorecard.figures import STEP, Kill, judge_kill, latencies, percentile, rate, sending_rate
 from watch_tasks.scorecard.ledger import BEGUN, ENDED, Effect
 
 #: The process groups of two workers, and when the first is killed.
@@ -65,6 +65,18 @@ class TestRate:
     @pytest.mark.parametrize("times", [[], [1.0], [1.0, 1.0]])
     def test_is_unknown_where_no_time_went_by(self, times: list[float]) -> None:
         assert rate(times) is None
+
+
+class TestSendingRate:
+    def test_leaves_out_the_first_which_made_the_connection(self) -> None:
+        assert sending_rate({1: (10.0, 12.0), 2: (12.0, 12.5), 3: (12.5, 13.0)}) == 2.0
+
+    def test_counts_what_was_sent_by_one_call(self) -> None:
+        assert sending_rate({1: (10.0, 12.0), 2: (12.0, 13.0), 3: (12.0, 13.0)}) == 2.0
+
+    @pytest.mark.parametrize("sent", [{}, {1: (10.0, 11.0)}])
+    def test_is_unknown_where_there_is_only_the_first(self, sent: dict[int, tuple[float, float]]) -> None:
+        assert sending_rate(sent) is None
 
 
 class TestLatencies:

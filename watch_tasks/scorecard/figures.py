@@ -10,7 +10,7 @@ from typing import Final
 
 from .ledger import BEGUN, ENDED, Effect
 
-__all__ = ["STEP", "Kill", "Timeline", "judge_kill", "latencies", "percentile", "rate"]
+__all__ = ["STEP", "Kill", "Timeline", "judge_kill", "latencies", "percentile", "rate", "sending_rate"]
 
 #: Seconds that one bar of a timeline stands for.
 STEP: Final = 0.5
@@ -66,6 +66,18 @@ def rate(times: Iterable[float]) -> float | None:
     if len(ordered) < 2 or ordered[0] == ordered[-1]:
         return None
     return (len(ordered) - 1) / (ordered[-1] - ordered[0])
+
+
+def sending_rate(sent: Mapping[int, tuple[float, float]]) -> float | None:
+    """Return how many a second were sent after the first, for which the sender made its connection; None: no others.
+
+    Args:
+        sent: for each number, when its sending was asked for, and when it was confirmed.
+    """
+    if len(sent) < 2:
+        return None
+    begin, end = sent[min(sent)][1], max(confirmed for _, confirmed in sent.values())
+    return (len(sent) - 1) / (end - begin) if end > begin else None
 
 
 def latencies(sent: Mapping[int, tuple[float, float]], effects: Iterable[Effect]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -62,49 +63,53 @@ def main(send: Send, send_many: SendMany | None = None) -> None:
     parser.add_argument("--limit", type=float)
     parser.add_argument("--work", type=float)
     asked = parser.parse_args()
+    sender = _Sender(send, send_many if asked.batch else None, asked)
+    signal.signal(signal.SIGTERM, sender.stop)
+    with asked.file.open("a") as notes:
+        sender.run(notes)
 
-    end = time.monotonic() + asked.limit
 
-    def deliver(numbers: range) -> range:
-        """Send these, or those that there is time for; return which."""
-        if not (send_many and asked.batch):
-            for number in numbers:
-                send(number, asked.work)
-            return numbers
-        given = 0
+class _Sender:
+    def __init__(self, send: Send, send_many: SendMany | None, asked: argparse.Namespace) -> None:
+        self._send = send
+        self._send_many = send_many
+        self._asked = asked
+        self._is_stopped = False
+        self._end = math.inf
 
-        def until_the_limit() -> Iterator[int]:
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """End after what is being sent now."""
+        self._is_stopped = True
+
+    def run(self, notes: IO[str]) -> None:
+        """Send one, which makes the connection, and then the others in steps of a batch, each when it is due."""
+        asked, size = self._asked, self._asked.batch or 1
+        numbers = range(asked.first, asked.first + asked.count if asked.count else sys.maxsize)
+        done = self._deliver(numbers[:1], notes)
+        start = time.monotonic()
+        self._end = start + asked.limit
+        while done < len(numbers) and not self._is_stopped and time.monotonic() < self._end:
+            if asked.rate:
+                time.sleep(max(0.0, start + done / asked.rate - time.monotonic()))
+            done += self._deliver(numbers[done : done + size], notes)
+
+    def _deliver(self, numbers: range, notes: IO[str]) -> int:
+        """Send these, in bulk those that there is time for, and note them when that is done; return how many."""
+        before, given = now(), 0
+
+        def in_time() -> Iterator[int]:
             nonlocal given
             for given, number in enumerate(numbers, 1):  # noqa: B007 - how many were given is told below
                 yield number
-                if time.monotonic() > end:
+                if time.monotonic() > self._end:
                     return
 
-        send_many(until_the_limit(), asked.work)
-        return numbers[:given]
-
-    with asked.file.open("a") as notes:
-        _send(deliver, notes, asked, end)
-
-
-def _send(deliver: Callable[[range], range], notes: IO[str], asked: argparse.Namespace, end: float) -> None:
-    """Send in steps of a batch, each when it is due, and note each when it is done."""
-    stops: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stops.append(number)
-
-    signal.signal(signal.SIGTERM, stop)
-    start, done, size = time.monotonic(), 0, asked.batch or 1
-    while not stops and (done < asked.count or not asked.count):
-        if asked.rate:
-            time.sleep(max(0.0, start + done / asked.rate - time.monotonic()))
-        numbers = range(asked.first + done, asked.first + min(done + size, asked.count or done + size))
-        before = now()
-        sent = deliver(numbers)
-        notes.write(note_sent(sent, before, now()))
-        if asked.rate:
+        if self._send_many:
+            self._send_many(in_time(), self._asked.work)
+        else:
+            for number in in_time():
+                self._send(number, self._asked.work)
+        notes.write(note_sent(numbers[:given], before, now()))
+        if self._asked.rate:
             notes.flush()
-        done += size
-        if time.monotonic() > end:
-            return
+        return given

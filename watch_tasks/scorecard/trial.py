@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from .contenders import Contender
-from .figures import Kill, judge_kill, latencies, percentile, rate
+from .figures import Kill, judge_kill, latencies, percentile, rate, sending_rate
 from .ledger import BEGUN, Ledger, now, read_sent
 from .sender import arguments
 from .stage import ContenderError, Process, Stage
@@ -133,7 +133,6 @@ class _Trial:
         sender = self._sender("heap", arguments(file, first=0, count=count, batch=batch, limit=sizes.limit))
         sender.wait(sizes.limit + PATIENCE)
         sent = read_sent(file)
-        begun, done = min(before for before, _ in sent.values()), max(after for _, after in sent.values())
         worker = self._worker("a")
         # Handling may take a few times as long as sending. Looked at seldom: it takes from what is measured.
         patience = PATIENCE + 10 * sizes.limit
@@ -142,16 +141,17 @@ class _Trial:
             return sent.keys() <= self._ledger.read().handled
 
         self._until(all_handled, "the heap is handled", worker, every=0.25, patience=patience)
-        return len(sent) / (done - begun), worker, rate(effect.at for effect in self._ledger.effects)
+        return sending_rate(sent), worker, rate(effect.at for effect in self._ledger.effects)
 
     def _keep_pace(self, worker: Process) -> list[float]:
         """Send at a steady rate to a worker with nothing else to do."""
         file, sizes = self._file("pace"), self._sizes
-        count = max(round(sizes.rate * sizes.seconds), 1)
+        count = max(round(sizes.rate * sizes.seconds), 2)
         asked = arguments(file, first=_PART, count=count, rate=sizes.rate, batch=BATCH * self._contender.is_bulk)
         self._sender("pace", asked).wait(sizes.seconds + PATIENCE)
         sent = read_sent(file)
         self._until(lambda: sent.keys() <= self._ledger.read().handled, "what was sent is handled", worker)
+        del sent[min(sent)]  # its sender made its connection for that one
         return latencies(sent, self._ledger.effects)
 
     def _kill(self, survivor: Process) -> Kill:
