@@ -42,6 +42,7 @@ class Process:
         self._popen = popen
         self._log = log
         self._guard = guard
+        self._is_gone = False
 
     @property
     def group(self) -> int:
@@ -71,14 +72,21 @@ class Process:
             raise ContenderError(f"{self.name} did not end within {timeout:g} s{self.words()}") from None
         if code:
             raise ContenderError(f"{self.name} ended with code {code}{self.words()}")
+        self._forget()
 
     def kill(self) -> None:
         """End it at once with all its children, as `kill -9` does. Twice is safe."""
+        if self._is_gone:
+            return  # its number may be somebody else's by now
         try:
             os.killpg(self.group, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # all gone; macOS says so in the second way
         self._popen.wait()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._is_gone = True
         self._guard.remove(self.group)
 
     def words(self) -> str:
@@ -173,13 +181,13 @@ def open_stage(signals: Signals, broker: str | None = None) -> Iterator[Stage]:
 
 
 def _opened(folder: Path, guard: Guard, signals: Signals, broker: str | None) -> Iterator[Stage]:
-    server = None if broker else EmbeddedServer(folder / "server")
+    server, pid = None if broker else EmbeddedServer(folder / "server"), None
     try:
         if server:
             with signals.held():
                 broker = _start(server)
-                if server.pid:
-                    guard.add(server.pid)
+                if pid := server.pid:
+                    guard.add(pid)
         stage = Stage(folder, str(broker), guard, signals)
         try:
             yield stage
@@ -188,6 +196,8 @@ def _opened(folder: Path, guard: Guard, signals: Signals, broker: str | None) ->
     finally:
         if server:
             server.stop()
+            if pid:
+                guard.remove(pid)
 
 
 def _start(server: EmbeddedServer) -> str:
