@@ -1,20 +1,30 @@
-"""Dramatiq on Redis, one process."""
+"""Dramatiq on Redis: acks when the actor has returned."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 
-from . import BROKER, seen
+from ..works import WORKS
+from . import BROKER, chunks
 
-dramatiq.set_broker(RedisBroker(url=BROKER))
+broker = RedisBroker(url=BROKER)
+dramatiq.set_broker(broker)
+
+actors = {name: dramatiq.actor(work, actor_name=name) for name, work in WORKS.items()}
 
 
-@dramatiq.actor
-def noop(number: int) -> None:
-    seen()
+def send(work: str, bodies: Iterable[list[Any]]) -> None:
+    actor = actors[work]
+    for body in bodies:
+        actor.send(*body)
 
 
-def send(count: int) -> None:
-    for number in range(count):
-        noop.send(number)
+def send_many(work: str, bodies: Iterable[list[Any]]) -> None:
+    """Its groups are for sending many; they send one by one."""
+    actor = actors[work]
+    for chunk in chunks(bodies):
+        dramatiq.group(actor.message(*body) for body in chunk).run()

@@ -1,23 +1,30 @@
-"""Celery with kombu's own Redis transport, acks late, records nothing."""
+"""Celery with kombu's own Redis transport, acks late, keeps no results."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from celery import Celery
 
-from . import BROKER, seen
+from ..works import WORKS
+from . import BROKER
 
 app = Celery("stock", broker=BROKER)
-app.conf.update(
-    task_acks_late=True, task_ignore_result=True, worker_prefetch_multiplier=50, worker_send_task_events=False
-)
+app.conf.update(task_acks_late=True, task_ignore_result=True)
+
+tasks = {name: app.task(name=name)(work) for name, work in WORKS.items()}
 
 
-@app.task(name="noop")
-def noop(number: int) -> None:
-    seen()
+def send(work: str, bodies: Iterable[list[Any]]) -> None:
+    task = tasks[work]
+    for body in bodies:
+        task.apply_async(body)
 
 
-def send(count: int) -> None:
+def send_many(work: str, bodies: Iterable[list[Any]]) -> None:
+    """Celery's `group` publishes one by one; kombu can pipeline what Celery publishes by one producer."""
+    task = tasks[work]
     with app.producer_or_acquire() as producer, producer.batch(100):
-        for number in range(count):
-            app.send_task("noop", [number], producer=producer)
+        for body in bodies:
+            task.apply_async(body, producer=producer)

@@ -1,27 +1,41 @@
-"""Taskiq on Redis streams, one process: the broker of Taskiq's that acks."""
+"""Taskiq on Redis streams: the broker of Taskiq's that acks, when the task has returned."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
+from typing import Any
 
 from taskiq import async_shared_broker  # noqa: F401 - what its worker expects to find
 from taskiq_redis import RedisStreamBroker
 
-from . import BROKER, seen
+from ..works import ASYNC_WORKS
+from . import BROKER, chunks
 
 broker = RedisStreamBroker(url=BROKER)
 
-
-@broker.task(task_name="noop")
-async def noop(number: int) -> None:
-    seen()
+tasks = {name: broker.task(task_name=name)(work) for name, work in ASYNC_WORKS.items()}
 
 
-def send(count: int) -> None:
+def send(work: str, bodies: Iterable[list[Any]]) -> None:
     async def run() -> None:
         await broker.startup()
-        for start in range(0, count, 100):
-            await asyncio.gather(*(noop.kiq(number) for number in range(start, min(start + 100, count))))
+        task = tasks[work]
+        for body in bodies:
+            await task.kiq(*body)
+        await broker.shutdown()
+
+    asyncio.run(run())
+
+
+def send_many(work: str, bodies: Iterable[list[Any]]) -> None:
+    """It has nothing for many: ten at a time are under way, over as many connections. More are slower."""
+
+    async def run() -> None:
+        await broker.startup()
+        task = tasks[work]
+        for chunk in chunks(bodies, 10):
+            await asyncio.gather(*(task.kiq(*body) for body in chunk))
         await broker.shutdown()
 
     asyncio.run(run())

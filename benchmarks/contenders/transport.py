@@ -6,6 +6,6 @@ from watch_tasks.transport import install
 
 install()
 
-from .stock import app, noop, send  # noqa: E402 - after the transport is in place
+from .stock import app, send, send_many  # noqa: E402 - after the transport is in place
 
-__all__ = ["app", "noop", "send"]
+__all__ = ["app", "send", "send_many"]

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from celery import Celery
 
-from watch_tasks import Message, topic
+from watch_tasks import Message, Topic, topic
 from watch_tasks.worker import install
 
-from . import BROKER, seen
+from ..works import WORKS
+from . import BROKER
 
 app = install(Celery("watch", broker=BROKER))
-app.conf.update(worker_prefetch_multiplier=50, worker_send_task_events=False)
-noop = topic("noop")
+# Celery's default, and that of the stock contender; this package's own default is to feed Flower's live view.
+app.conf.update(worker_send_task_events=False)
 
 
-@noop.handler
-def handle(message: Message[int]) -> None:
-    seen()
+def define(name: str, work: Callable[..., None]) -> Topic[list[Any]]:
+    made: Topic[list[Any]] = topic(name)
+
+    @made.handler
+    def handle(message: Message[list[Any]]) -> None:
+        work(*message.data)
+
+    return made
 
 
-def send(count: int) -> None:
-    with app.producer_or_acquire() as producer, producer.batch(100):
-        for number in range(count):
-            app.send_task("watch.noop", [number], producer=producer)
+topics = {name: define(name, work) for name, work in WORKS.items()}
+
+
+def send(work: str, bodies: Iterable[list[Any]]) -> None:
+    one = topics[work]
+    for body in bodies:
+        one.send(body)
+
+
+def send_many(work: str, bodies: Iterable[list[Any]]) -> None:
+    count = 0
+
+    def counted() -> Iterable[list[Any]]:
+        nonlocal count
+        for body in bodies:
+            count += 1
+            yield body
+
+    report = topics[work].send_many(counted())
+    if report.sent != count:
+        raise RuntimeError(f"of {count} messages: {report}")
