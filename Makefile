@@ -35,9 +35,9 @@ format: $(READY) ## put the code into its form
 chaos: $(READY) ## run the long tests: workers and servers are killed under load
 	$(BIN)/python -m pytest -m chaos --timeout 1800
 
-bench: $(READY) ## measure beside other libraries, on a server of its own
+bench: $(READY) ## measure beside other libraries, on servers of its own, and write docs/benchmarks.md: 40 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m benchmarks.drain
+	$(BIN)/python -m benchmarks
 
 docker: $(READY) ## run the tests in containers: the image, compose.yaml, Redis and RabbitMQ
 	$(BIN)/python -m pytest -m docker tests/docker
@@ -46,6 +46,7 @@ constraints: ## renew constraints.txt: the newest versions that fit together
 	$(MAKE) clean
 	grep '^#' constraints.txt > constraints.new && mv constraints.new constraints.txt
 	$(MAKE) $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev,bench]'
 	$(BIN)/python -m pip freeze --exclude-editable | grep '==' >> constraints.txt
 	touch $(READY)
 
