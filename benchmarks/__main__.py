@@ -109,10 +109,11 @@ def count_of(line: Line, results: Results, rate: float | None, scale: float) -> 
     scenario = line.scenario
     if scenario.kind is Kind.LATENCY and results.latency_rate:
         return max(100, int(results.latency_rate * results.seconds * LONGER[scenario.kind]))
-    first = max(100, int(scenario.first * scale))
+    least = max(100, int(line.contender.least * scale))
+    first = max(least, int(scenario.first * scale))
     if rate is None:
         return first
-    return min(max(int(rate * results.seconds * LONGER.get(scenario.kind, 1)), 100), scenario.most, first * 100)
+    return min(max(int(rate * results.seconds * LONGER.get(scenario.kind, 1)), least), scenario.most, first * 100)
 
 
 def once(line: Line, url: str, number: int, count: int, results: Results) -> Result:

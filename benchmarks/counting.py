@@ -105,10 +105,13 @@ class Tally:
         return len({one.value for one in self.handled})
 
 
-def rate(handled: list[Handled]) -> float:
-    """Return the messages a second, from the moment when every process was at work to the last message.
+def rate(handled: list[Handled]) -> tuple[float, float]:
+    """Return the messages a second from the moment when every process was at work to the last message.
 
     Processes do not start at the same time, and what one did before the others would count as if all had.
+
+    Returns:
+        The rate, and the part of all messages that it is of.
 
     Raises:
         ValueError: too few messages.
@@ -120,4 +123,4 @@ def rate(handled: list[Handled]) -> float:
     later = [one.at for one in handled if one.at > start]
     if not later:
         raise ValueError(f"{len(handled)} messages in {len(firsts)} processes are too few for a rate")
-    return len(later) / (max(later) - start)
+    return len(later) / (max(later) - start), len(later) / len(handled)

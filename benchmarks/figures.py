@@ -53,7 +53,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
         row = made.setdefault((one.contender, one.pool), Row(one.contender, one.pool))
         if one.error is None:
             row.rounds[one.round] = one.figures
-            row.counts.append(one.count)
+            row.counts.append(int(one.figures.get("messages", one.count)))
         else:
             row.errors.setdefault(one.error, []).append(one.round)
     order = [one.name for one in CONTENDERS]

@@ -21,6 +21,9 @@ from .scenarios import Kind, Line
 PATIENCE = 60.0
 #: Messages that workers handle before their memory or latency is taken.
 WARM_UP = 100
+#: How often a measurement is made anew, each time with four times the messages, until all processes handle this part
+#: of them at the same time.
+TRIES, TOGETHER = 4, 0.4
 #: Seconds between two looks at the memory of workers under load.
 LOOK = 0.5
 
@@ -45,19 +48,39 @@ def measure(
     if empty:
         with redis.Redis.from_url(url, socket_timeout=PATIENCE) as client:
             client.flushall()
+    if line.scenario.kind is Kind.HANDLE:
+        return _handle_enough(line, url, count)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         one = _Measurement(line, url, Path(folder), count)
         match line.scenario.kind:
             case Kind.SEND:
                 return one.send()
-            case Kind.HANDLE:
-                return one.handle()
             case Kind.LATENCY:
                 if latency_rate is None:
                     raise MeasurementError("there is no rate to measure latency at: stock Celery failed")
                 return one.latency(latency_rate)
             case Kind.MEMORY:
                 return one.memory()
+    raise ValueError(f"{line} is of no kind that is known")
+
+
+def _handle_enough(line: Line, url: str, count: int) -> dict[str, float]:
+    """Measure with more messages until all processes were at work for a good part of them.
+
+    The first process to start may be done before another begins: its rate would be taken for that of all.
+    """
+    if line.pool is None:
+        raise ValueError(f"{line} needs a pool")
+    for _ in range(TRIES):
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            figures = _Measurement(line, url, Path(folder), count).handle()
+        if figures["processes"] >= line.pool.processes and figures["together"] >= TOGETHER:
+            return figures
+        count = min(count * 4, line.scenario.most)
+    raise MeasurementError(
+        f"{figures['processes']:.0f} of {line.pool.processes} processes handled messages, "
+        f"and all of them at once {figures['together']:.0%} of {figures['messages']:,.0f}"
+    )
 
 
 class _Measurement:
@@ -89,8 +112,13 @@ class _Measurement:
         self._fill()
         with Workers(self.pool, self.environment, self.folder) as workers:
             self._wait(workers, self.count)
-        found = rate(self.tally.handled)
-        figures = {"rate": found, "processes": len({one.process for one in self.tally.handled})}
+        found, together = rate(self.tally.handled)
+        figures = {
+            "rate": found,
+            "processes": len({one.process for one in self.tally.handled}),
+            "together": together,
+            "messages": self.count,
+        }
         if self.line.scenario.work == "cpu":
             figures["efficiency"] = found * 0.001 / self.pool.processes
         return figures | self._repeated()

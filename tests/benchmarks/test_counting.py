@@ -44,13 +44,14 @@ def test_a_rate_is_of_the_time_in_which_every_process_was_at_work() -> None:
     alone = [Handled(1, n, n / 10) for n in range(100)]  # 10/s from 0 to 9.9
     joined = [Handled(2, 100 + n, 5.05 + n / 10) for n in range(49)]  # and 10/s from 5.05 to 9.85
 
-    found = rate([*alone, *joined])
+    found, part = rate([*alone, *joined])
 
     assert found == pytest.approx(20, rel=0.01)
+    assert part == pytest.approx(98 / 149, rel=0.02)
 
 
 def test_a_rate_of_one_process_is_of_all_but_its_first_message() -> None:
-    assert rate([Handled(1, n, 3 + n / 4) for n in range(9)]) == pytest.approx(4)
+    assert rate([Handled(1, n, 3 + n / 4) for n in range(9)]) == (pytest.approx(4), 8 / 9)
 
 
 def test_too_few_messages_have_no_rate() -> None:

@@ -35,6 +35,13 @@ def test_a_line_gets_as_many_messages_as_took_it_the_time_in_the_round_before(re
     assert count_of(line, results, 1.0, 1.0) == 100
 
 
+def test_bulk_is_of_many_packets(results_of) -> None:
+    lines = [one for scenario in SCENARIOS for one in scenario.lines(["watch_tasks, bulk"])]
+    results = results_of("handle-two", ("watch_tasks, bulk", 1, {"rate": 1}))
+
+    assert {count_of(line, results, rate, 1.0) for line in lines for rate in (None, 100.0)} == {20_000}
+
+
 def test_latency_is_measured_with_the_same_messages_for_all(results_of) -> None:
     scenario = next(one for one in SCENARIOS if one.kind is Kind.LATENCY)
     results = results_of("latency", ("RQ", 1, {"rate": 1}))
