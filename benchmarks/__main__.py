@@ -12,6 +12,7 @@ how many those are, and is not counted. A measurement that fails or hangs is tol
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -19,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGKILL
 
 import psutil
 import redis
@@ -56,6 +56,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.rounds < 1 or chosen.seconds <= 0 or chosen.scale <= 0:
         parser.error("rounds, seconds and scale must be above 0")
+    # Ended by SIGTERM, it ends what it started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds = chosen.seconds * chosen.scale
     lines = [[*scenario.lines(chosen.contenders)] for scenario in SCENARIOS if scenario.name in chosen.only]
     minutes = estimate(lines, chosen.rounds, seconds) / 60
@@ -163,7 +165,7 @@ def server() -> Iterator[str]:
         try:
             yield started.url
         finally:
-            started.stop(SIGKILL)
+            started.stop(signal.SIGKILL)
 
 
 def tell(text: str) -> None:

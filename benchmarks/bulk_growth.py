@@ -10,13 +10,13 @@ commit cost on each kind of storage as it grows, in one process, is `benchmarks.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from signal import SIGKILL
 
 import redis
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50_000, help="messages of a measurement")
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scenario = next(one for one in SCENARIOS if one.name == "handle-two")
     line = Line(scenario, WATCH_BULK, WATCH_BULK.two[0])
     found: dict[str, list[float]] = {"small": [], "full": []}
@@ -52,7 +53,7 @@ def main() -> None:
         for name, records in (("small", chosen.small), ("full", chosen.most)):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-server-"))
             server = RedisServer(Path(folder), **SERVER).start()
-            stack.callback(server.stop, SIGKILL)
+            stack.callback(server.stop, signal.SIGKILL)
             urls[name] = server.url
             filled(server.url, records)
         # The first of each is not counted: caches, and what the server does after it was filled.
