@@ -49,11 +49,11 @@ from .redis_records import (
     id_bytes,
     in_order,
     micros,
-    read_answer,
     read_letter,
     read_record,
     read_story,
 )
+from .redis_requests import accepted, granted, pack_claims, pack_commits
 from .redis_script import Script, cut, pack, read_script
 from .stored import Stored, StoredRecord
 
@@ -115,56 +115,16 @@ class RedisStorage(Storage):
     def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
         answers: list[Granted | Refused] = []
         for part in cut(claims, lambda claim: len(claim.note)):
-            request, notes = [], []
-            for claim in part:
-                id, digest = id_bytes(claim.id), digest_bytes(claim.digest)
-                notes.append(id + digest + claim.note)
-                request.append(
-                    (
-                        claim.topic,
-                        claim.index,
-                        claim.id,
-                        claim.copy,
-                        claim.once,
-                        claim.worker,
-                        micros(claim.lease),
-                        None if claim.retention is None else micros(claim.retention),
-                        micros(claim.sent_at),
-                        claim.nonce,
-                        len(id),
-                        len(digest),
-                        claim.started,
-                    )
-                )
-            answers += map(read_answer, self._run("claim", request, *notes))
+            request, blobs, places = pack_claims(part)
+            answers += granted(part, places, self._run("claim", request, *blobs))
         return answers
 
     def _commit(self, commits: Sequence[Commit]) -> list[bool]:
-        accepted: list[bool] = []
+        answers: list[bool] = []
         for part in cut(commits, lambda commit: len(commit.blob)):
-            request, blobs = [], []
-            for commit in part:
-                id, digest = id_bytes(commit.id), digest_bytes(commit.digest)
-                blobs += [id + digest + commit.blob, *(note for _, note in commit.notes)]
-                request.append(
-                    (
-                        commit.topic,
-                        commit.index,
-                        commit.step,
-                        commit.id,
-                        commit.copy,
-                        commit.token,
-                        None if commit.retention is None else micros(commit.retention),
-                        micros(commit.delay),
-                        [kind for kind, _ in commit.notes],
-                        len(id),
-                        len(digest),
-                    )
-                )
-            # Their records have one time: the index orders them.
-            order = in_order([commit.index or "" for commit in part])
-            accepted += map(bool, self._run("commit", (request, order), *blobs))
-        return accepted
+            request, blobs, places = pack_commits(part)
+            answers += accepted(len(part), places, self._run("commit", request, *blobs))
+        return answers
 
     def _renew(self, worker: str, ids: Sequence[str], lease: float) -> set[str]:
         held: set[str] = set()
@@ -253,9 +213,7 @@ class RedisStorage(Storage):
     # -- what happened
 
     def _story(self, topic: str, index: str) -> Iterator[tuple[float, str, bytes]]:
-        events = self._ask("LRANGE", self._key(f"t:{topic}:{index}"), 0, -1)
-        if events:
-            yield from read_story(events, self._now())
+        yield from read_story(self._run("story", (topic, index)))
 
     def _counters(self, topic: str) -> Counters:
         name = escape(topic)

@@ -27,12 +27,13 @@ __all__ = [
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
 _DIGEST: Final = re.compile(r"[0-9a-f]{32}").fullmatch
 
-_FIRST, _ENDLESS, _SECONDS, _NEAR = 1, 2, 16, 32
+_FIRST, _ENDLESS, _SECONDS, _NEAR, _FOLDED = 1, 2, 16, 32, 64
+_LENGTH: Final = Struct(">H")
 _HEAD: Final = Struct(">Bd")  # flags, handled at
 _NUMBER: Final = Struct(">d")
 _SHORT_NUMBER: Final = Struct(">I")
 _LETTER: Final = Struct(">dI")  # dead at, length of the topic
-_EVENT: Final = Struct(">ddB")  # at, end of the story, length of the kind and a flag
+_EVENT: Final = Struct(">ddB")  # at, end of the story, length of the kind and flags
 
 
 class Row(NamedTuple):
@@ -100,6 +101,10 @@ def read_record(topic: str, index: str, value: bytes, now: float, blob: bytes = 
             return None
     is_uuid, id = text()
     is_hex, digest = text()
+    if flags & _FOLDED:
+        place += _LENGTH.size + _LENGTH.unpack_from(value, place)[0]  # the events of its commit
+        place += _LENGTH.size
+        blob = value[place : place + _LENGTH.unpack_from(value, place - _LENGTH.size)[0]]
     stored = StoredRecord(
         topic=topic,
         index=index,
@@ -107,7 +112,7 @@ def read_record(topic: str, index: str, value: bytes, now: float, blob: bytes = 
         digest=digest.hex() if is_hex else digest.decode(),
         at=at / 1_000_000,
         expires=None if expires is None else expires / 1_000_000,
-        blob=blob or value[place:],
+        blob=blob if flags & _FOLDED else blob or value[place:],
     )
     return Row(at, token, stored)
 
@@ -118,13 +123,11 @@ def read_letter(value: bytes) -> Stored:
     return Stored(at / 1_000_000, value[_LETTER.size + size :])
 
 
-def read_story(events: Sequence[bytes], now: float) -> Iterator[tuple[float, str, bytes]]:
-    """Yield (time, kind, note) of each event, or nothing where the story is over by now (µs)."""
-    if _EVENT.unpack_from(events[-1])[1] <= now:
-        return
+def read_story(events: Sequence[bytes]) -> Iterator[tuple[float, str, bytes]]:
+    """Yield (time, kind, note) of each event."""
     for event in events:
         at, _, size = _EVENT.unpack_from(event)
-        note = _EVENT.size + size % 128
+        note = _EVENT.size + size % 64
         yield at / 1_000_000, event[_EVENT.size : note].decode(), event[note:]
 
 

@@ -16,21 +16,23 @@ _MOST_ITEMS: Final = 500
 _MOST_BYTES: Final = 16 * 1024 * 1024
 
 #: What each script needs before its own text; what it does not need would cost some µs with every call.
-_CHANGING: Final = ("records", "stories", "states", "orders", "changes")
+_STATES: Final = ("forms", "records", "stories", "states")
+_CHANGING: Final = (*_STATES, "orders", "changes")
 _PARTS: Final = {
-    "claim": ("records", "stories", "states"),
-    "commit": _CHANGING,
-    "count": ("orders",),
-    "drop_letter": ("stories", "states"),
-    "get": ("records",),
-    "page_records": ("records", "orders"),
+    "claim": ("forms", "claim_first", *_STATES[1:]),
+    "commit": ("forms", "commit_first", *_CHANGING[1:]),
+    "count": ("forms", "orders"),
+    "drop_letter": _STATES,
+    "get": ("forms", "records"),
+    "page_records": ("forms", "records", "orders"),
     "put": _CHANGING,
-    "release": ("stories", "states"),
-    "remove": ("records", "stories", "orders", "changes"),
-    "renew": ("stories", "states"),
-    "replay": ("records", "stories", "states"),
-    "scan": ("orders",),
-    "tend": ("records", "stories", "orders", "changes"),
+    "release": _STATES,
+    "remove": _CHANGING,
+    "renew": _STATES,
+    "replay": _STATES,
+    "scan": ("forms", "orders"),
+    "story": _STATES,
+    "tend": _CHANGING,
 }
 
 

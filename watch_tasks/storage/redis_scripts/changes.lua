@@ -6,16 +6,6 @@ local function get_changes()
   if changes then return changes end
   changes = {}
 
-  -- The id of a record in full, from the client's short form.
-  local function id_of(record)
-    local value, place = record.value, record.place
-    if string.byte(value, place) ~= 0 then return (struct.unpack('>I4c0', value, place + 1)) end
-    local hex = string.gsub(string.sub(value, place + 1, place + 16), '.', function (byte)
-      return string.format('%02x', string.byte(byte))
-    end)
-    return table.concat({hex:sub(1, 8), hex:sub(9, 12), hex:sub(13, 16), hex:sub(17, 20), hex:sub(21)}, '-')
-  end
-
   -- An id is done, where no record says so.
   function changes.write_mark(id, token, expires)
     if expires <= NOW then return end
@@ -28,9 +18,29 @@ local function get_changes()
 
   function changes.forget_record(topic, index, stored)
     if not stored then return end
+    get_folded().unfold_record(topic, index, stored)
     redis.call('HDEL', of_topic('r', topic), index)
     if stored.apart then redis.call('HDEL', of_topic('b', topic), index) end
     for _, pair in ipairs(orders_of(topic, stored)) do get_moves().leave(pair[1], pair[2], index) end
+  end
+
+  -- The records of these indexes are over, and about to be forgotten.
+  function changes.end_stories(topic, indexes)
+    local keys, ended = {}, {}
+    for number, index in ipairs(indexes) do keys[number] = story_key(topic, index) end
+    if redis.call('EXISTS', unpack(keys)) == 0 then return end
+    for number, index in ipairs(indexes) do
+      local key = keys[number]
+      local last = redis.call('TYPE', key).ok == 'list' and redis.call('LINDEX', key, -1)
+      if last and select(2, struct.unpack('>dd', last)) <= NOW then
+        ended[#ended + 1] = key
+      elseif last then
+        local _, stored = read_record(topic, index)
+        if stored then get_folded().unfold_record(topic, index, stored) end
+        disown(topic, index, true)
+      end
+    end
+    if ended[1] then redis.call('UNLINK', unpack(ended)) end
   end
 
   -- Forget up to `most` records of the first leaf that are over, and end their stories; return how many there were.
@@ -52,18 +62,9 @@ local function get_changes()
       get_moves().remove_leaf(order, fence)
       get_moves().unlist_if_empty(order)
     end
+    changes.end_stories(topic, over)
     redis.call('HDEL', of_topic('r', topic), unpack(over))
     if redis.call('EXISTS', of_topic('b', topic)) == 1 then redis.call('HDEL', of_topic('b', topic), unpack(over)) end
-    local ended, prefix = {}, of_topic('t', topic) .. ':'
-    for _, index in ipairs(over) do
-      local last = redis.call('LINDEX', prefix .. index, -1)
-      if last and select(2, struct.unpack('>dd', last)) <= NOW then
-        ended[#ended + 1] = prefix .. index
-      elseif last then
-        disown(topic, index, true)
-      end
-    end
-    if ended[1] then redis.call('UNLINK', unpack(ended)) end
     return #over
   end
 
@@ -80,6 +81,7 @@ local function write_record(topic, index, old, stored, new, blob)
     return false
   end
   new.expires = new.at + (new.retention or NEVER)
+  if stored then get_folded().unfold_record(topic, index, stored) end
   join_orders(topic, index, new, stored)
   local flags, parts, since = new.mixed and MIXED or 0, {}, new.at - new.token
   if since >= 0 and since < 4294967296 then

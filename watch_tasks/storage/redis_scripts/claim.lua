@@ -37,9 +37,7 @@ local function get_refusals()
   -- once="index": a record of the index settles it, a running holder makes wait; waiting and dead hold nothing.
   function refusals.check_index(claim, record, state)
     if record then
-      local size = string.byte(record.value, record.place) == 0 and 17 or 5 + struct.unpack('>I4', record.value, record.place + 1)
-      local place = record.place + size
-      if string.sub(record.value, place, place + #claim.digest - 1) ~= claim.digest then
+      if digest_of(record) ~= claim.digest then
         return refusals.refuse(claim, 'conflict')
       end
       get_states().forget(state, claim.topic, claim.index)
@@ -92,7 +90,7 @@ local function claim_one(claim)
   local state = parse_state(claim.id, found[1])
   claim.stored, claim.state = stored, state
   -- Done: its record says so, or the mark it left when the record was replaced or removed.
-  if (record and is_of(record, claim.short_id)) or parse_mark(found[2]) then
+  if (record and id_of(record) == claim.id) or parse_mark(found[2]) then
     get_states().forget(state, claim.topic, claim.index)
     return get_refusals().refuse(claim, 'duplicate')
   end
@@ -107,14 +105,30 @@ local function claim_one(claim)
   return refused or grant(claim, state)
 end
 
-local answers = {}
-for number, values in ipairs(REQUEST) do
-  local note, id_size, both = take(), values[11], values[11] + values[12]
-  answers[number] = claim_one({
-    topic = values[1], index = values[2], id = values[3], copy = values[4], once = values[5], worker = values[6],
-    lease = values[7], expires = NOW + (values[8] or NEVER), sent_at = values[9], nonce = values[10],
-    started = values[13], note = string.sub(note, both + 1), short_id = string.sub(note, 1, id_size),
-    digest = string.sub(note, id_size + 1, both),
-  })
+local function claim_of(run, number)
+  local id, copies, nonces, digests, note = run.ids[number], run.copies, run.nonces, run.digests, run.notes
+  local copy = type(copies) == 'table' and copies[number] or copies
+  if run.ends then note = string.sub(note, run.ends[number - 1] + 1, run.ends[number]) end
+  return {
+    topic = run.topic, index = run.indexes[number], id = id, copy = copy, once = run.once, worker = run.worker,
+    lease = run.lease, expires = NOW + (run.retention or NEVER), sent_at = run.sent[number],
+    nonce = type(nonces) == 'table' and nonces[number] or nonces, started = run.started,
+    note = run.is_plain and get_folded().note_of(id, copy, note) or note,
+    digest = type(digests) == 'table' and digests[number] or digests,
+  }
 end
-return finish(answers)
+
+for _, run in ipairs(runs) do
+  local number, count = 1, #run.ids
+  while number <= count do
+    local last = number - 1
+    while last < count and run.is_plain and (not run.fresh or run.fresh[last + 1]) do last = last + 1 end
+    if last >= number then
+      grant_fresh(run, number, last)
+    else
+      last, answers[#answers + 1] = number, claim_one(claim_of(run, number))
+    end
+    number = last + 1
+  end
+end
+return finish({NOW, false, unpack(answers)})

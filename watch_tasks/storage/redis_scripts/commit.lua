@@ -94,7 +94,7 @@ local function commit_one(commit)
     return 1
   end
   if commit.token and (not state or state.token ~= commit.token or not is_held(state)) then
-    answer, events[1] = 0, {NOW, 'fenced', commit.notes[#commit.notes] or '{}'}
+    answer, events = 0, {{NOW, 'fenced', #commit.events > 0 and commit.events[#commit.events][3] or '{}'}}
   else
     if commit.step == 'handled' then
       is_kept = handle(commit, state, record, stored)
@@ -109,7 +109,7 @@ local function commit_one(commit)
       end
     end
     if commit.step == 'retry' then count(commit.topic, 'retries', 1) end
-    for number, kind in ipairs(commit.kinds) do events[number] = {NOW, kind, commit.notes[number]} end
+    events = commit.events
   end
   if commit.index then
     tell(commit.topic, commit.index, commit.expires, events, is_kept or get_states().owns(state, commit.topic, commit.index))
@@ -117,18 +117,49 @@ local function commit_one(commit)
   return answer
 end
 
-local answers, commits, sorted = {}, REQUEST[1], REQUEST[2]
+-- Of a run: what stands in a record, in parts.
+local function commit_of(run, number)
+  local chunk, id, copies = string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]), run.ids[number], run.copies
+  local digest = behind_text(chunk, 1)
+  local behind, copy = behind_text(chunk, digest), type(copies) == 'table' and copies[number] or copies
+  local events, size, place = struct.unpack('>I2c0I2', chunk, behind)
+  return {
+    topic = run.topic, index = run.indexes[number], step = 'handled', id = id, copy = copy, token = run.tokens[number],
+    retention = run.retention, expires = NOW + (run.retention or NEVER), events = get_folded().add({}, events, id, copy, NOW),
+    blob = string.sub(chunk, place, place + size - 1), short_id = string.sub(chunk, 1, digest - 1),
+    digest = string.sub(chunk, digest, behind - 1),
+  }
+end
+
+local answers, written = {}, 0
+for _, run in ipairs(runs) do
+  local before, left = #answers, {}
+  for place = 1, #run.ids do
+    local number = run.sorted and run.sorted[place] or place
+    if run.settled[number] then
+      answers[before + number] = 1
+    else
+      answers[before + number] = commit_one(commit_of(run, number))
+      left[#left + 1] = {run.topic, run.indexes[number]}
+    end
+  end
+  write_orders(left)
+  written = written + #run.ids
+  if run.over then get_order(run.topic, digits(run.retention)) end
+end
+
+local commits, sorted, before = REQUEST[2], REQUEST[3], #answers
 for number, values in ipairs(commits) do
-  local blob, id_size, both, notes = take(), values[10], values[10] + values[11], {}
-  for place in ipairs(values[9]) do notes[place] = take() end
-  answers[number] = commit_one({
+  local blob, id_size, both, events = take(), values[10], values[10] + values[11], {}
+  for place, kind in ipairs(values[9]) do events[place] = {NOW, kind, take()} end
+  answers[before + number] = commit_one({
     topic = values[1], index = values[2], step = values[3], id = values[4], copy = values[5], token = values[6],
-    retention = values[7], expires = NOW + (values[7] or NEVER), delay = values[8], kinds = values[9], notes = notes,
+    retention = values[7], expires = NOW + (values[7] or NEVER), delay = values[8], events = events,
     blob = string.sub(blob, both + 1), short_id = string.sub(blob, 1, id_size),
     digest = string.sub(blob, id_size + 1, both),
   })
 end
 for number, place in ipairs(sorted) do sorted[number] = commits[place] end
 write_orders(sorted)
-trim_orders(2 * #commits)
+trim_orders(2 * (written + #commits))
 return finish(answers)

@@ -10,18 +10,9 @@
 -- more: `mixed` by the time they were handled, `ends` by the time they end.
 -- An index is in an order exactly while its record is in `r:`.
 
--- Places in a leaf. The server keeps a short list in one piece of memory.
-local LEAF = 128
--- µs from the fence of a leaf to its last place, so that 4 bytes are enough.
-local SPAN = 4294967296
 -- Orders of a topic that have a retention each.
 local MOST_ORDERS = 8
--- Added to times, so that those before 1970 sort as well. Orders take what is not of the years 1899 to 2184 for their end.
-local SHIFT = 2251799813685248
-
 local function limited(at) return math.min(math.max(at, -SHIFT), 3 * SHIFT) end
-
-local function time_of(place) return struct.unpack('>I7', place) - SHIFT end
 
 -- Those that this script touched: by topic, then by name.
 local orders = {}

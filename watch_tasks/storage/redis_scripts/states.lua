@@ -1,6 +1,7 @@
--- States: what is known of an unfinished message, as one MessagePack of its fields in this order. `copy` is the newest
--- known, `carried` the newest that a delivery brought: `copy` may be one that was never published. Times and tokens that
--- are not known are 0, texts and flags false.
+-- States: what is known of an unfinished message, as one MessagePack of its fields in this order. That of a message at
+-- its first try is in a short form (`forms.lua`), until somebody reads it here. `copy` is the newest known, `carried` the
+-- newest that a delivery brought: `copy` may be one that was never published. Times and tokens that are not known are 0,
+-- texts and flags false.
 
 local FIELDS = {
   'copy', 'carried', 'status', 'token', 'first', 'worker', 'nonce', 'until', 'started', 'exclusive', 'crashes', 'progress',
@@ -27,8 +28,22 @@ local function save(state)
   end
 end
 
+-- Return a state that is in the short form, and write it in the long one.
+function unfold_state(id, value)
+  local state, head, behind = new_state(id, 'running', 0), nil, nil
+  state['until'], head = struct.unpack('>dI2', value, 2)
+  state.started, state.worker, behind = struct.unpack('>BI2c0', value, 14)
+  state.started, state.nonce = state.started == 1, string.sub(value, behind, head - 1)
+  state.token, state.copy, state.index, state.topic = struct.unpack('>dI4I2c0I2c0', value, head)
+  state.first, state.carried = state.token, state.copy
+  save(state)
+  get_folded().unfold_state(id, value, state.topic, state.index)
+  return state
+end
+
 local function parse_state(id, value)
   if not value then return nil end
+  if string.sub(value, 1, 1) == TAG then return unfold_state(id, value) end
   local state = {id = id}
   for number, field in ipairs(cmsgpack.unpack(value)) do state[FIELDS[number]] = field end
   if state.expires > 0 and state.expires <= NOW then

@@ -1,0 +1,89 @@
+-- Most messages are handled at their first try, under an index that has no record: all of them are settled at once, before
+-- anything else is even defined. Their records take over the events of their states.
+--
+-- A run is of handled messages of one topic and retention, no id and no index twice in the request. Of each comes what a
+-- folded record has from its id to its blob (`records.lua`).
+
+local runs, is_rest = {}, #REQUEST[2] > 0
+
+local function read_run(values)
+  local run = {
+    topic = values[1], retention = values[2], ids = values[3], indexes = values[4], tokens = values[5], copies = values[6],
+    sorted = values[7], ends = {[0] = 0}, settled = {}, chunks = take(),
+  }
+  local total = 0
+  for number, size in ipairs(values[8]) do
+    total = total + size
+    run.ends[number] = total
+  end
+  return run
+end
+
+-- Add places of now behind all others of an order.
+local function append(fences, leaves, tail, indexes)
+  local room = NOW - time_of(tail) < SPAN and LEAF - redis.call('LLEN', leaves .. tail) or 0
+  local next = 1
+  while indexes[next] do
+    if room <= 0 then
+      tail, room = struct.pack('>I7', NOW + SHIFT) .. indexes[next], LEAF
+      redis.call('ZADD', fences, 0, tail)
+    end
+    local at, entries = struct.pack('>I4', NOW - time_of(tail)), {}
+    for number = next, math.min(next + room, #indexes + 1) - 1 do entries[#entries + 1] = at .. indexes[number] end
+    redis.call('RPUSH', leaves .. tail, unpack(entries))
+    next, room = next + #entries, 0
+  end
+end
+
+-- Settle those of a run that it can.
+local function settle_first(run)
+  local topic, retention, ids, indexes, tokens, copies = run.topic, run.retention, run.ids, run.indexes, run.tokens, run.copies
+  local order = ':' .. (retention and digits(retention) or 'never')
+  local fences, leaves = of_topic('i', topic) .. order, of_topic('z', topic) .. order .. ':'
+  local tail = redis.call('ZRANGE', fences, -1, -1)[1]
+  -- Where the order is not known to be there, or has something later, it needs more care.
+  if not tail or time_of(tail) + struct.unpack('>I4', redis.call('LINDEX', leaves .. tail, -1)) >= NOW then return end
+  local keys, fields, gone, added, prefix = {}, {}, {}, {}, PREFIX .. 's:'
+  for number, id in ipairs(ids) do keys[number] = prefix .. id end
+  local states = redis.call('MGET', unpack(keys))
+  local records = redis.call('HMGET', of_topic('r', topic), unpack(indexes))
+  local flags, span = FOLDED + NEAR + ENDLESS, ''
+  if retention and retention % 1000000 == 0 then
+    flags, span = FOLDED + NEAR + SECONDS, struct.pack('>I4', retention / 1000000)
+  elseif retention then
+    flags, span = FOLDED + NEAR, struct.pack('>d', retention)
+  end
+  local ending, lead, stories = head_end(topic, retention), struct.pack('>Bd', flags, NOW), of_topic('t', topic) .. ':'
+  local copy, copied = copies, type(copies) == 'table'
+  for place = 1, #ids do
+    local number = run.sorted and run.sorted[place] or place
+    local state, index, since = states[number], indexes[number], NOW - tokens[number]
+    if state and not records[number] and string.byte(state) == 1 and since >= 0 and since < 4294967296 then
+      if copied then copy = copies[number] end
+      local head, events = struct.unpack('>I2I2', state, 10)
+      if string.sub(state, head, events - 1) == struct.pack('>dI4I2c0c0', tokens[number], copy, #index, index, ending) then
+        local count = #added
+        added[count + 1] = index
+        fields[2 * count + 1] = index
+        fields[2 * count + 2] = lead .. struct.pack('>I4', since) .. span ..
+          string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]) .. string.sub(state, events)
+        gone[2 * count + 1], gone[2 * count + 2] = keys[number], stories .. index
+        run.settled[number] = true
+      end
+    end
+  end
+  if #added == 0 then return end
+  redis.call('HSET', of_topic('r', topic), unpack(fields))
+  append(fences, leaves, tail, added)
+  redis.call('DEL', unpack(gone))
+  count(topic, 'handled', #added)
+  if retention then run.over = time_of(redis.call('ZRANGE', fences, 0, 0)[1]) + retention <= NOW end
+  return #added == #ids
+end
+
+for number, values in ipairs(REQUEST[1]) do
+  local run = read_run(values)
+  runs[number] = run
+  is_rest = not settle_first(run) or run.over or is_rest
+end
+if not is_rest then return finish(1) end
