@@ -22,27 +22,44 @@ from watch_tasks.storage.redis_client import open_client
 from watch_tasks.storage.sql import open_url
 from watch_tasks.testing import ManualClock
 from watch_tasks.testing.storage_values import LEASE, TOPIC, ask, record, settle, unclaimed
-from watch_tasks.topics import WEEK
+from watch_tasks.topics import DAY, WEEK
 
-_IDS = st.sampled_from(["m1", "m2", "m3"])
+#: Seconds that may pass before a step: whole µs, and exactly so as a float.
+_TICK = 1 / 64
+_NAMES = ["m1", "m2", "m3", "0123abcd-0123-4123-8123-0123456789ab", "m\u00df"]
+_IDS = st.sampled_from(_NAMES)
 _INDEXES = st.sampled_from(["a", "b"])
 _WORKERS = st.sampled_from(["w1", "w2"])
 _CLAIMS = st.builds(
     ask,
     _IDS,
-    index=st.sampled_from(["a", "a", "b"]),
-    copy=st.integers(0, 3),
-    once=st.sampled_from(["message", "index"]),
+    index=st.sampled_from(["a", "a", "b", "c", "d"]),
+    copy=st.sampled_from([0, 0, 0, 1, 2, 3]),
+    once=st.sampled_from(["message", "message", "index"]),
     worker=_WORKERS,
+    nonce=st.sampled_from(["", "", "n1"]),
     digest=st.sampled_from(["d1", "d1", "d2"]),
     started=st.booleans(),
+    retention=st.sampled_from([WEEK, WEEK, WEEK, DAY, DAY / 2, None]),
+    topic=st.sampled_from([TOPIC, TOPIC, TOPIC, "other"]),
 )
+#: Many that are alike, mostly of messages nobody knows yet.
+_GROUPS = st.builds(
+    lambda pairs, worker: [ask(id, index=index, worker=worker) for id, index in pairs],
+    st.lists(st.tuples(_IDS, st.sampled_from("abcdef")), min_size=1, max_size=5),
+    _WORKERS,
+)
+_RETENTIONS = st.sampled_from([None, DAY / 2, DAY, WEEK])
 #: A verb and what it is asked.
 _STEPS = st.one_of(
-    st.tuples(st.just("claim"), st.lists(_CLAIMS, min_size=1, max_size=3)),
+    st.tuples(st.just("claim"), st.lists(_CLAIMS, min_size=1, max_size=4)),
+    st.tuples(st.just("claim"), _GROUPS),
     st.tuples(st.just("settle"), st.tuples(st.sampled_from(Step), st.integers(0, 20), st.sampled_from([0.0, 5.0]))),
+    st.tuples(st.just("handle"), st.tuples(st.lists(st.integers(0, 20), min_size=1, max_size=4), st.none())),
+    st.tuples(st.just("handle"), st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=4), _RETENTIONS)),
+    st.tuples(st.just("all"), st.lists(st.sampled_from(Step), max_size=3)),
     st.tuples(st.just("unclaimed"), st.tuples(st.sampled_from(Step), _IDS, _INDEXES)),
-    st.tuples(st.just("advance"), st.sampled_from([0.5, 4.0, LEASE, LEASE + 5, WEEK / 2, WEEK])),
+    st.tuples(st.just("advance"), st.sampled_from([0.5, 4.0, LEASE, LEASE + 5, DAY / 2, WEEK / 2, WEEK])),
     st.tuples(st.just("renew"), _WORKERS),
     st.tuples(st.just("release"), st.tuples(_WORKERS, _IDS, st.booleans())),
     st.tuples(st.just("put"), st.tuples(_IDS, _INDEXES)),
@@ -77,28 +94,34 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 
 
 @settings(
-    max_examples=60,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
-@given(steps=st.lists(_STEPS, max_size=30))
-def test_all_storages_answer_alike(fresh: Open, steps: list[tuple[str, Any]]) -> None:
+@given(steps=st.lists(st.tuples(_STEPS, st.sampled_from([_TICK, _TICK, 0.0])), max_size=30))
+def test_all_storages_answer_alike(fresh: Open, steps: list[tuple[tuple[str, Any], float]]) -> None:
     clock = ManualClock()
     with MemoryStorage(clock=clock) as memory, fresh(clock) as other:
         expected_grants: list[Grant] = []
         grants: list[Grant] = []
-        for verb, what in steps:
+        for (verb, what), passed in steps:
+            clock.advance(passed)
             expected = _ask(memory, clock, verb, what, expected_grants)
             answered = _ask(other, clock, verb, what, grants)
             assert _without_tokens(answered) == _without_tokens(expected), f"{verb} {what}"
             if verb == "advance":
                 clock.advance(what)
                 other.tend()
+            assert _stories(other) == _stories(memory), f"{verb} {what}"
 
         assert _everything(other) == _everything(memory)
     # A storage may leave numbers out, as long as they grow.
+    assert _ranks(grants) == _ranks(expected_grants)
+
+
+def _ranks(grants: list[Grant]) -> list[int]:
     tokens = [granted.token for _, granted in grants]
-    assert tokens == sorted(set(tokens))
+    return [sorted(set(tokens)).index(token) for token in tokens]
 
 
 def _without_tokens(answer: Any) -> Any:
@@ -117,10 +140,25 @@ def _ask(storage: Storage, clock: ManualClock, verb: str, what: Any, granted: li
             step, which, delay = what
             commit = settle(step, *granted[which % len(granted)], blob=b"" if step in _WHOLE else b"p", delay=delay)
             return storage.commit_many([commit, commit])
+        case "handle" if granted:
+            numbers, retention = what
+            pairs = [granted[number % len(granted)] for number in numbers]
+            return storage.commit_many(
+                [settle(Step.HANDLED, *pair, retention=retention or pair[0].retention) for pair in pairs]
+            )
+        case "all" if granted:
+            # Those that were granted last, most of them handled.
+            steps = [*what, *[Step.HANDLED] * 3]
+            return storage.commit_many(
+                [
+                    settle(step, *pair, blob=b"" if step in _WHOLE else b"p", retention=pair[0].retention)
+                    for step, pair in zip(steps, granted[-len(steps) :], strict=False)
+                ]
+            )
         case "unclaimed":
             return storage.commit(unclaimed(*what))
         case "renew":
-            return storage.renew(what, ["m1", "m2", "m3"], LEASE)
+            return storage.renew(what, _NAMES, LEASE)
         case "release":
             worker, id, crashed = what
             return storage.release(worker, [id], crashed=crashed)
@@ -143,7 +181,10 @@ def _everything(storage: Storage) -> dict[str, Any]:
         "records": sorted(map(repr, storage.range())),
         "len": storage.len(),
         "dead": sorted(map(repr, storage.dead())),
-        "counters": storage.counters(TOPIC),
+        "counters": [storage.counters(topic) for topic in (TOPIC, "other")],
         "topics": storage.topics(),
-        "stories": {index: list(storage.explain(TOPIC, index)) for index in ("a", "b")},
     }
+
+
+def _stories(storage: Storage) -> dict[tuple[str, str], Any]:
+    return {(topic, index): list(storage.explain(topic, index)) for topic in (TOPIC, "other") for index in "abcdef"}
