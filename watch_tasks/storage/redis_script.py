@@ -16,11 +16,11 @@ _MOST_ITEMS: Final = 500
 _MOST_BYTES: Final = 16 * 1024 * 1024
 
 #: What each script needs before its own text; what it does not need would cost some µs with every call.
-_STATES: Final = ("forms", "records", "stories", "states")
+_STATES: Final = ("counts", "forms", "records", "stories", "states")
 _CHANGING: Final = (*_STATES, "orders", "changes")
 _PARTS: Final = {
-    "claim": ("forms", "claim_first", *_STATES[1:]),
-    "commit": ("forms", "commit_first", *_CHANGING[1:]),
+    "claim": ("forms", "claim_first", "counts", "records", "stories", "states"),
+    "commit": ("counts", "forms", "commit_first", *_CHANGING[2:]),
     "count": ("forms", "orders"),
     "drop_letter": _STATES,
     "get": ("forms", "records"),

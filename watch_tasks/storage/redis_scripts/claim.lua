@@ -118,17 +118,25 @@ local function claim_of(run, number)
   }
 end
 
-for _, run in ipairs(runs) do
-  local number, count = 1, #run.ids
-  while number <= count do
-    local last = number - 1
-    while last < count and run.is_plain and (not run.fresh or run.fresh[last + 1]) do last = last + 1 end
-    if last >= number then
-      grant_fresh(run, number, last)
+-- Whether nothing is known of one of a plain run.
+local function is_fresh(run, number)
+  local id, index = run.ids[number], run.indexes[number]
+  return redis.call('EXISTS', PREFIX .. 's:' .. id, PREFIX .. 'm:' .. id, story_key(run.topic, index)) == 0
+    and redis.call('HEXISTS', of_topic('r', run.topic), index) == 0
+end
+
+for number = rest, #runs do
+  local run, first = runs[number], 1
+  while run.ids[first] do
+    local last = first - 1
+    while run.is_plain and run.ids[last + 1] and is_fresh(run, last + 1) do last = last + 1 end
+    if last >= first then
+      grant_fresh(run, first, last, next_token(), 'MSET')
+      last_token = last_token + last - first
     else
-      last, answers[#answers + 1] = number, claim_one(claim_of(run, number))
+      last, answers[#answers + 1] = first, claim_one(claim_of(run, first))
     end
-    number = last + 1
+    first = last + 1
   end
 end
 return finish({NOW, false, unpack(answers)})

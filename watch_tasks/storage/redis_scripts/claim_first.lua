@@ -4,72 +4,63 @@
 -- A run is of claims that have much in common. It is plain where each may be granted so: under once="message", no id and
 -- no index twice in the request. A column with one value for all is that value.
 
-local runs, answers, is_rest = {}, {}, false
+-- Tokens of those granted, or answers; the run at which more care begins.
+local answers, runs, rest = {}, {}, nil
 
-local function read_run(values)
-  return {
-    is_plain = values[1], topic = values[2], once = values[3], worker = values[4], lease = values[5],
-    retention = values[6], started = values[7], ids = values[8], indexes = values[9], copies = values[10],
-    sent = values[11], nonces = values[12], sizes = values[13], digests = values[14], notes = take(),
-  }
-end
-
--- Return which of a run have no state, no mark, no story and no record under their index; nil: all.
-local function find_fresh(run)
-  local ids, indexes, states, marks, keys = run.ids, run.indexes, PREFIX .. 's:', PREFIX .. 'm:', {}
-  local stories, count = of_topic('t', run.topic) .. ':', #run.ids
-  for number, id in ipairs(ids) do
-    keys[number], keys[count + number], keys[2 * count + number] = states .. id, marks .. id, stories .. indexes[number]
-  end
-  run.keys = keys
-  local is_known, fresh, are_all = redis.call('EXISTS', unpack(keys)) > 0, {}, true
-  for number, record in ipairs(redis.call('HMGET', of_topic('r', run.topic), unpack(indexes))) do
-    fresh[number] = not record and (not is_known or 0 ==
-      redis.call('EXISTS', keys[number], keys[count + number], keys[2 * count + number]))
-    are_all = are_all and fresh[number]
-  end
-  return not are_all and fresh or nil
-end
-
--- Grant those of a run from one number to another.
-local function grant_fresh(run, first, last)
-  local ids, indexes, copies, sent, nonces, sizes, keys = run.ids, run.indexes, run.copies, run.sent, run.nonces, run.sizes, run.keys
-  local copy, nonce, note = copies, nonces, run.notes
-  local copied, noted, named = type(copies) == 'table', type(sizes) == 'table', type(nonces) == 'table'
+-- Grant those of a run from one number to another; returns whether there was nothing in the way.
+local function grant_fresh(run, first, last, token, command)
+  local ids, indexes, copies, sent, nonces, pairs = run.ids, run.indexes, run.copies, run.sent, run.nonces, {}
+  local copy, nonce, note, copied, named = copies, nonces, run.notes, type(copies) == 'table', type(nonces) == 'table'
   local lead = TAG .. struct.pack('>d', NOW + run.lease)
   local holder = struct.pack('>BI2c0', run.started and 1 or 0, #run.worker, run.worker)
-  local ending, stories, pairs = head_end(run.topic, run.retention), 2 * #ids, {}
-  local head_place = 14 + #holder
+  local ending, states, stories = head_end(run.topic, run.retention), PREFIX .. 's:', of_topic('t', run.topic) .. ':'
+  local head_place, place = 14 + #holder, 0
   local events_place = head_place + 14 + #ending
   for number = first, last do
-    local index, token, place = indexes[number], next_token(), 4 * (number - first)
+    local index, id = indexes[number], ids[number]
     if copied then copy = copies[number] end
     if named then nonce = nonces[number] end
-    if noted then note = string.sub(run.notes, run.ends[number - 1] + 1, run.ends[number]) end
-    pairs[place + 1] = keys[number]
+    if run.ends then note = string.sub(run.notes, run.ends[number - 1] + 1, run.ends[number]) end
+    pairs[place + 1] = states .. id
     pairs[place + 2] = struct.pack('>c0I2I2c0c0dI4I2c0c0I4ddc0', lead, head_place + #nonce, events_place + #nonce + #index,
       holder, nonce, token, copy, #index, index, ending, copy, sent[number], NOW, note)
-    pairs[place + 3], pairs[place + 4] = keys[stories + number], ids[number]
-    answers[#answers + 1] = token
+    pairs[place + 3], pairs[place + 4] = stories .. index, id
+    answers[#answers + 1], token, place = token, token + 1, place + 4
   end
-  redis.call('MSET', unpack(pairs))
+  return redis.call(command, unpack(pairs)) ~= 0
+end
+
+-- Grant all of a run, if none has a mark, a state, a story or a record under its index.
+local function grant_all(run)
+  local marks, prefix, count, before = {}, PREFIX .. 'm:', #run.ids, #answers
+  for number, id in ipairs(run.ids) do marks[number] = prefix .. id end
+  if redis.call('EXISTS', unpack(marks)) > 0 then return false end
+  for _, record in ipairs(redis.call('HMGET', of_topic('r', run.topic), unpack(run.indexes))) do
+    if record then return false end
+  end
+  -- As `next_token` does it, for many.
+  local token, key = NOW, PREFIX .. 'token'
+  local last = tonumber(redis.call('SET', key, digits(NOW + count - 1), 'GET') or 0)
+  if last >= NOW then
+    token = last + 1
+    redis.call('SET', key, digits(last + count))
+  end
+  if grant_fresh(run, 1, count, token, 'MSETNX') then return true end
+  for number = before + 1, #answers do answers[number] = nil end
+  return false
 end
 
 for number, values in ipairs(REQUEST) do
-  local run = read_run(values)
-  runs[number] = run
-  if type(run.sizes) == 'table' then
-    local total = 0
+  local run = {
+    is_plain = values[1], topic = values[2], once = values[3], worker = values[4], lease = values[5],
+    retention = values[6], started = values[7], ids = values[8], indexes = values[9], copies = values[10],
+    sent = values[11], nonces = values[12], digests = values[14], notes = take(),
+  }
+  if values[13] then
     run.ends = {[0] = 0}
-    for place, size in ipairs(run.sizes) do
-      total = total + size
-      run.ends[place] = total
-    end
+    for place, size in ipairs(values[13]) do run.ends[place] = run.ends[place - 1] + size end
   end
-  if run.is_plain then run.fresh = find_fresh(run) end
-  is_rest = is_rest or not run.is_plain or run.fresh
+  runs[number] = run
+  if not rest and not (run.is_plain and grant_all(run)) then rest = number end
 end
-if not is_rest then
-  for _, run in ipairs(runs) do grant_fresh(run, 1, #run.ids) end
-  return finish({NOW, answers[1]})
-end
+if not rest then return {NOW, answers[1]} end

@@ -1,5 +1,6 @@
 -- Most messages are handled at their first try, under an index that has no record: all of them are settled at once, before
--- anything else is even defined. Their records take over the events of their states.
+-- anything else is even defined. Their records take over the events of their states. A state in the short form says all
+-- that: its index had neither record nor story when it was granted, and who writes either unfolds it.
 --
 -- A run is of handled messages of one topic and retention, no id and no index twice in the request. Of each comes what a
 -- folded record has from its id to its blob (`records.lua`).
@@ -21,17 +22,19 @@ end
 
 -- Add places of now behind all others of an order.
 local function append(fences, leaves, tail, indexes)
-  local room = NOW - time_of(tail) < SPAN and LEAF - redis.call('LLEN', leaves .. tail) or 0
-  local next = 1
-  while indexes[next] do
-    if room <= 0 then
-      tail, room = struct.pack('>I7', NOW + SHIFT) .. indexes[next], LEAF
-      redis.call('ZADD', fences, 0, tail)
+  local entries, first, since = {}, 1, NOW - time_of(tail)
+  while true do
+    if since < SPAN then
+      local at = struct.pack('>I4', since)
+      for number = first, #indexes do entries[number - first + 1] = at .. indexes[number] end
+      -- Asked for its length only by writing: most calls find room.
+      local over = math.min(redis.call('RPUSH', leaves .. tail, unpack(entries)) - LEAF, #entries)
+      if over <= 0 then return end
+      redis.call('LTRIM', leaves .. tail, 0, -over - 1)
+      first = #indexes + 1 - over
     end
-    local at, entries = struct.pack('>I4', NOW - time_of(tail)), {}
-    for number = next, math.min(next + room, #indexes + 1) - 1 do entries[#entries + 1] = at .. indexes[number] end
-    redis.call('RPUSH', leaves .. tail, unpack(entries))
-    next, room = next + #entries, 0
+    tail, since, entries = struct.pack('>I7', NOW + SHIFT) .. indexes[first], 0, {}
+    redis.call('ZADD', fences, 0, tail)
   end
 end
 
@@ -46,7 +49,6 @@ local function settle_first(run)
   local keys, fields, gone, added, prefix = {}, {}, {}, {}, PREFIX .. 's:'
   for number, id in ipairs(ids) do keys[number] = prefix .. id end
   local states = redis.call('MGET', unpack(keys))
-  local records = redis.call('HMGET', of_topic('r', topic), unpack(indexes))
   local flags, span = FOLDED + NEAR + ENDLESS, ''
   if retention and retention % 1000000 == 0 then
     flags, span = FOLDED + NEAR + SECONDS, struct.pack('>I4', retention / 1000000)
@@ -58,15 +60,15 @@ local function settle_first(run)
   for place = 1, #ids do
     local number = run.sorted and run.sorted[place] or place
     local state, index, since = states[number], indexes[number], NOW - tokens[number]
-    if state and not records[number] and string.byte(state) == 1 and since >= 0 and since < 4294967296 then
+    if state and string.byte(state) == 1 and since >= 0 and since < 4294967296 then
       if copied then copy = copies[number] end
       local head, events = struct.unpack('>I2I2', state, 10)
-      if string.sub(state, head, events - 1) == struct.pack('>dI4I2c0c0', tokens[number], copy, #index, index, ending) then
+      local expected = struct.pack('>dI4I2c0c0', tokens[number], copy, #index, index, ending)
+      if #expected == events - head and string.find(state, expected, head, true) == head then
         local count = #added
-        added[count + 1] = index
-        fields[2 * count + 1] = index
-        fields[2 * count + 2] = lead .. struct.pack('>I4', since) .. span ..
-          string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]) .. string.sub(state, events)
+        added[count + 1], fields[2 * count + 1] = index, index
+        fields[2 * count + 2] = struct.pack('>c0I4c0c0c0', lead, since, span,
+          string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]), string.sub(state, events))
         gone[2 * count + 1], gone[2 * count + 2] = keys[number], stories .. index
         run.settled[number] = true
       end

@@ -89,16 +89,22 @@ end
 -- Defined with the states.
 local unfold_state
 
--- `events` has {at, kind, note} of each.
-local function tell(topic, index, expires, events, is_owned)
-  if #events == 0 then return end
+-- Let the story of an index be a list, if there is one; returns its key, and whether there is.
+local function open_story(topic, index)
   local key = story_key(topic, index)
   local kind = redis.call('TYPE', key).ok
   if kind == 'string' then
     local id = redis.call('GET', key)
     unfold_state(id, redis.call('GET', PREFIX .. 's:' .. id))
   end
-  local last, was_timed, first_flag = kind ~= 'none' and redis.call('LINDEX', key, -1), false, 0
+  return key, kind ~= 'none'
+end
+
+-- `events` has {at, kind, note} of each.
+local function tell(topic, index, expires, events, is_owned)
+  if #events == 0 then return end
+  local key, is_begun = open_story(topic, index)
+  local last, was_timed, first_flag = is_begun and redis.call('LINDEX', key, -1), false, 0
   if last then
     local _, ends, size = struct.unpack('>ddB', last)
     if ends <= NOW then
