@@ -115,8 +115,8 @@ class RedisStorage(Storage):
     def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
         answers: list[Granted | Refused] = []
         for part in cut(claims, lambda claim: len(claim.note)):
-            request, blobs, places = pack_claims(part)
-            answers += granted(part, places, self._run("claim", request, *blobs))
+            request, blobs = pack_claims(part)
+            answers += granted(part, self._run("claim", request, *blobs))
         return answers
 
     def _commit(self, commits: Sequence[Commit]) -> list[bool]:

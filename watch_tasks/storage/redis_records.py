@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Any, Final, NamedTuple
@@ -24,9 +23,6 @@ __all__ = [
     "read_story",
 ]
 
-_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
-_DIGEST: Final = re.compile(r"[0-9a-f]{32}").fullmatch
-
 _FIRST, _ENDLESS, _SECONDS, _NEAR, _FOLDED = 1, 2, 16, 32, 64
 _LENGTH: Final = Struct(">H")
 _HEAD: Final = Struct(">Bd")  # flags, handled at
@@ -46,12 +42,16 @@ class Row(NamedTuple):
 
 def id_bytes(id: str) -> bytes:
     """Return an id in short: no other id's bytes are these, or begin with them."""
-    return b"\0" + bytes.fromhex(id.replace("-", "")) if len(id) == 36 and _UUID(id) else _text_bytes(id)
+    if len(id) == 36 and id[8] == id[13] == id[18] == id[23] == "-":
+        raw = _hex_bytes(id.replace("-", ""))
+        if raw:
+            return raw
+    return _text_bytes(id)
 
 
 def digest_bytes(digest: str) -> bytes:
     """Return a digest in short: no other digest's bytes are these, or begin with them."""
-    return b"\0" + bytes.fromhex(digest) if len(digest) == 32 and _DIGEST(digest) else _text_bytes(digest)
+    return _hex_bytes(digest) or _text_bytes(digest)
 
 
 def micros(seconds: float) -> int:
@@ -61,7 +61,7 @@ def micros(seconds: float) -> int:
 
 def in_order(keys: Sequence[Any]) -> list[int]:
     """Return the numbers of these keys, counted from 1, as they come when sorted."""
-    return [1] if len(keys) == 1 else sorted(range(1, len(keys) + 1), key=lambda number: keys[number - 1])
+    return [1] if len(keys) == 1 else [place + 1 for place in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def read_record(topic: str, index: str, value: bytes, now: float, blob: bytes = b"") -> Row | None:
@@ -142,6 +142,17 @@ def read_answer(answer: list[Any]) -> Granted | Refused:
 def escape(topic: str) -> str:
     """Return a topic as it stands in keys; one that nobody knows may have a `:`."""
     return topic.replace("%", "%25").replace(":", "%3A")
+
+
+def _hex_bytes(digits: str) -> bytes | None:
+    """Return 32 digits as bytes; None: these are others, or not only digits."""
+    if len(digits) != 32:
+        return None
+    try:
+        raw = bytes.fromhex(digits)
+    except ValueError:
+        return None
+    return b"\0" + raw if raw.hex() == digits else None
 
 
 def _text_bytes(text: str) -> bytes:

@@ -7,6 +7,7 @@ messages are, and what concerns no other of the same request.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from operator import attrgetter
 from struct import Struct
 from typing import Any, Final
@@ -37,25 +38,19 @@ _indexes: Final[Callable[[Any], str]] = attrgetter("index")
 _ids: Final[Callable[[Any], str]] = attrgetter("id")
 
 
-def pack_claims(claims: Sequence[Claim]) -> tuple[Any, list[bytes], Places]:
-    """Return the request, its opaque bytes, and where each claim is in it."""
+def pack_claims(claims: Sequence[Claim]) -> tuple[Any, list[bytes]]:
+    """Return the request and its opaque bytes."""
     are_apart = _are_apart(claims)
-    request, blobs, places = [], [], []
-    for numbers, run in _runs(claims, _common):
+    request, blobs = [], []
+    for run in _runs(claims):
         first = run[0]
-        notes = [claim.note for claim in run]
-        is_plain = are_apart and _are_short(run)
-        if is_plain:
-            notes = [_shorten(claim.note, claim.id, claim.copy) for claim in run]
-        if notes.count(notes[0]) == len(notes):
-            sizes: Any = None
-            blobs.append(notes[0])
-        else:
-            sizes = [len(note) for note in notes]
-            blobs.append(b"".join(notes))
+        short = _short_notes(run) if are_apart else None
+        notes = short or [claim.note for claim in run]
+        is_one = notes.count(notes[0]) == len(notes)
+        blobs.append(notes[0] if is_one else b"".join(notes))
         request.append(
             (
-                is_plain,
+                short is not None,
                 first.topic,
                 first.once,
                 first.worker,
@@ -67,26 +62,23 @@ def pack_claims(claims: Sequence[Claim]) -> tuple[Any, list[bytes], Places]:
                 _column([claim.copy for claim in run]),
                 [micros(claim.sent_at) for claim in run],
                 _column([claim.nonce for claim in run]),
-                sizes,
-                None if is_plain else _column([claim.digest for claim in run]),
+                None if is_one else [len(note) for note in notes],
+                None if short else _column([claim.digest for claim in run]),
             )
         )
-        places += numbers
-    return request, blobs, places
+    return request, blobs
 
 
-def granted(claims: Sequence[Claim], places: Places, answer: list[Any]) -> list[Granted | Refused]:
+def granted(claims: Sequence[Claim], answer: list[Any]) -> list[Granted | Refused]:
     """Return what each claim is answered."""
     now, first, *each = answer
     now /= 1_000_000
     if first is not None:
-        each = range(first, first + len(claims))  # type: ignore[assignment]
-    answers: list[Any] = [None] * len(claims)
-    for place, one in zip(places, each, strict=True):
-        answers[place] = (
-            Granted(one, claims[place].copy, None, 0, now) if isinstance(one, int) else read_answer(one)
-        )
-    return answers
+        return [Granted(token, claim.copy, None, 0, now) for token, claim in enumerate(claims, first)]
+    return [
+        Granted(one, claim.copy, None, 0, now) if isinstance(one, int) else read_answer(one)
+        for claim, one in zip(claims, each, strict=True)
+    ]
 
 
 def pack_commits(commits: Sequence[Commit]) -> tuple[Any, list[bytes], Places]:
@@ -145,20 +137,11 @@ def _are_apart(items: Sequence[Any]) -> bool:
     return len(set(zip(map(_topics, items), map(_indexes, items), strict=True))) == len(items)
 
 
-def _runs(claims: Sequence[Claim], common: Callable[[Claim], Any]) -> list[tuple[Places, Sequence[Claim]]]:
-    """Cut into what has these things in common, without changing the order."""
-    if len(claims) == 1 or len(set(map(common, claims))) == 1:
-        return [(list(range(len(claims))), claims)]
-    runs: list[tuple[Places, list[Claim]]] = []
-    last = None
-    for number, claim in enumerate(claims):
-        key = common(claim)
-        if key != last:
-            runs.append(([], []))
-            last = key
-        runs[-1][0].append(number)
-        runs[-1][1].append(claim)
-    return list(runs)
+def _runs(claims: Sequence[Claim]) -> list[Sequence[Claim]]:
+    """Cut into what has most in common, in the same order."""
+    if len(claims) == 1 or len(set(map(_common, claims))) == 1:
+        return [claims]
+    return [list(run) for _, run in groupby(claims, _common)]
 
 
 def _column(values: list[Any]) -> Any:
@@ -166,23 +149,22 @@ def _column(values: list[Any]) -> Any:
     return values[0] if values.count(values[0]) == len(values) else values
 
 
-def _shorten(note: bytes, id: str, copy: int) -> bytes:
-    """Return an event's details without the id and the copy, where they begin with these; see `note_of` in Lua."""
-    beginning = b'{"id":"%b","copy":%d,' % (id.encode(), copy)
-    return note[len(beginning) :] if note.startswith(beginning) else note
-
-
-def _are_short(claims: Sequence[Claim]) -> bool:
-    """Whether these claims of one run fit into the short form of a state."""
-    first = claims[0]
-    return (
-        first.once == "message"
-        and _may_fold(first.retention)
-        and len(first.worker) < _LONG
-        and all(
-            len(claim.nonce) < _LONG and claim.copy < _MOST_COPIES and claim.note.startswith(b"{") for claim in claims
-        )
-    )
+def _short_notes(claims: Sequence[Claim]) -> list[bytes] | None:
+    """Return the notes of one run without their beginnings; None: it does not fit into the short form of a state."""
+    first, notes = claims[0], []
+    if first.once != "message" or not _may_fold(first.retention) or len(first.worker) > _LONG:
+        return None
+    for claim in claims:
+        note, copy = claim.note, claim.copy
+        beginning = f'{{"id":"{claim.id}","copy":{copy},'.encode()
+        if note.startswith(beginning):
+            note = note[len(beginning) :]
+        elif not note.startswith(b"{"):
+            return None
+        if copy > _MOST_COPIES or len(claim.nonce) > _LONG:
+            return None
+        notes.append(note)
+    return notes
 
 
 def _may_fold(retention: float | None) -> bool:
@@ -197,34 +179,32 @@ def _chunk(commit: Commit) -> bytes | None:
         or commit.index is None
         or not commit.notes
         or len(commit.blob) > _LARGE
-        or commit.copy >= _MOST_COPIES
+        or commit.copy > _MOST_COPIES
         or not _may_fold(commit.retention)
     ):
         return None
-    id, events = commit.id, []
-    beginning = b'{"id":"%b","copy":%d,' % (id.encode(), commit.copy)
-    for kind, note in commit.notes:
+    id, blob, size = commit.id, commit.blob, 0
+    events: list[bytes] = []
+    # Most notes begin so, and do without it; see `note_of` in `stories.lua`.
+    beginning = f'{{"id":"{id}","copy":{commit.copy},'.encode()
+    for name, note in commit.notes:
         if note.startswith(beginning):
             note = note[len(beginning) :]
         elif not note.startswith(b"{"):
             return None
-        if len(note) > _LONG:
+        kind, length = _kinds.get(name) or _kind(name), len(note)
+        size += len(kind) + 2 + length
+        if size > _LONG:
             return None
-        events += (_kind(kind), _short(len(note)), note)
-    packed = b"".join(events)
-    if len(packed) > _LONG:
-        return None
-    blob = commit.blob
-    return b"".join((id_bytes(id), digest_bytes(commit.digest), _short(len(packed)), packed, _short(len(blob)), blob))
+        events += (kind, _short(length), note)
+    return b"".join((id_bytes(id), digest_bytes(commit.digest), _short(size), *events, _short(len(blob)), blob))
 
 
 def _kind(kind: str) -> bytes:
     """Return the kind of an event as it stands in a folded one."""
-    found = _kinds.get(kind)
-    if found is None:
-        name = kind.encode()
-        found = _kinds[kind] = bytes((len(name),)) + name
-    return found
+    name = kind.encode()
+    _kinds[kind] = bytes((len(name),)) + name
+    return _kinds[kind]
 
 
 def _pack_other(commit: Commit, blobs: list[bytes]) -> Any:

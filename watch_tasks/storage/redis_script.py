@@ -66,8 +66,11 @@ def pack(command: Sequence[bytes | str | int]) -> bytes:
     return b"".join(parts)
 
 
-def cut(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> Iterator[list[Any]]:
+def cut(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> Iterator[Sequence[Any]]:
     """Cut what is too much for one script; usually it is one part."""
+    if len(items) <= _MOST_ITEMS and sum(map(size, items)) <= _MOST_BYTES:
+        yield items
+        return
     part: list[Any] = []
     total = 0
     for item in items:
