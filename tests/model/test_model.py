@@ -59,6 +59,8 @@ def on_valkey(valkey: RedisServer) -> Iterator[type[StorageMachine]]:
     class Shared(RedisStorage):
         def close(self) -> None:
             """The next history goes on with the same connection."""
+            while self._idle:
+                client.connection_pool.release(self._idle.pop())
 
     class OnValkey(StorageMachine):
         @classmethod

@@ -24,8 +24,10 @@ Places = list[int]
 _SHORTEST: Final = 86_400.0
 #: Bytes of a blob that a record holds itself; see `records.lua`.
 _LARGE: Final = 4096
-#: What lengths of two bytes have room for, with some to spare.
+#: Bytes of the events of a commit, and characters of what a state has before its events: lengths and places there are of
+#: two bytes.
 _LONG: Final = 30_000
+_LONG_NAME: Final = 4000
 #: What copies of four bytes have room for.
 _MOST_COPIES: Final = 2**31
 
@@ -152,7 +154,7 @@ def _column(values: list[Any]) -> Any:
 def _short_notes(claims: Sequence[Claim]) -> list[bytes] | None:
     """Return the notes of one run without their beginnings; None: it does not fit into the short form of a state."""
     first, notes = claims[0], []
-    if first.once != "message" or not _may_fold(first.retention) or len(first.worker) > _LONG:
+    if first.once != "message" or not _may_fold(first.retention) or len(first.worker) > _LONG_NAME:
         return None
     for claim in claims:
         note, copy = claim.note, claim.copy
@@ -161,7 +163,7 @@ def _short_notes(claims: Sequence[Claim]) -> list[bytes] | None:
             note = note[len(beginning) :]
         elif not note.startswith(b"{"):
             return None
-        if copy > _MOST_COPIES or len(claim.nonce) > _LONG:
+        if copy > _MOST_COPIES or len(claim.nonce) > _LONG_NAME:
             return None
         notes.append(note)
     return notes
