@@ -24,7 +24,7 @@ Places = list[int]
 _SHORTEST: Final = 86_400.0
 #: Bytes of a blob that a record holds itself; see `records.lua`.
 _LARGE: Final = 4096
-#: Bytes of the events of a commit, and characters of what a state has before its events: lengths and places there are of
+#: Bytes of the events of a commit, and characters of what a state has before its events: lengths and places there have
 #: two bytes.
 _LONG: Final = 30_000
 _LONG_NAME: Final = 4000
