@@ -121,6 +121,7 @@ end
 -- Whether nothing is known of one of a plain run.
 local function is_fresh(run, number)
   local id, index = run.ids[number], run.indexes[number]
+  if run.records and run.records[number] then return false end
   return redis.call('EXISTS', PREFIX .. 's:' .. id, PREFIX .. 'm:' .. id, story_key(run.topic, index)) == 0
     and redis.call('HEXISTS', of_topic('r', run.topic), index) == 0
 end

@@ -35,7 +35,8 @@ local function grant_all(run)
   local marks, prefix, count, before = {}, PREFIX .. 'm:', #run.ids, #answers
   for number, id in ipairs(run.ids) do marks[number] = prefix .. id end
   if redis.call('EXISTS', unpack(marks)) > 0 then return false end
-  for _, record in ipairs(redis.call('HMGET', of_topic('r', run.topic), unpack(run.indexes))) do
+  run.records = redis.call('HMGET', of_topic('r', run.topic), unpack(run.indexes))
+  for _, record in ipairs(run.records) do
     if record then return false end
   end
   -- As `next_token` does it, for many.
