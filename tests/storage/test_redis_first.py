@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from tests.servers import RedisServer
 from watch_tasks.storage.protocol import Claim, Granted, Refusal, Refused, Step
