@@ -45,9 +45,10 @@ _CLAIMS = st.builds(
 )
 #: Many that are alike, mostly of messages nobody knows yet.
 _GROUPS = st.builds(
-    lambda pairs, worker: [ask(id, index=index, worker=worker) for id, index in pairs],
+    lambda pairs, worker, once: [ask(id, index=index, worker=worker, once=once) for id, index in pairs],
     st.lists(st.tuples(_IDS, st.sampled_from("abcdef")), min_size=1, max_size=5),
     _WORKERS,
+    st.sampled_from(["message", "index"]),
 )
 _RETENTIONS = st.sampled_from([None, DAY / 2, DAY, WEEK])
 #: A verb and what it is asked.

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.servers import RedisServer
+from watch_tasks.message import Once
 from watch_tasks.storage.protocol import Claim, Granted, Refusal, Refused, Step
 from watch_tasks.storage.redis import RedisStorage
 from watch_tasks.storage.redis_client import open_client
@@ -53,11 +54,12 @@ def storage(server: RedisServer, clock: ManualClock) -> Iterator[RedisStorage]:
 # -- in groups
 
 
+@pytest.mark.parametrize("once", ["message", "index"])
 @pytest.mark.parametrize("size", [1, 2, 500])
 def test_a_group_takes_as_many_commands_as_one(
-    server: RedisServer, storage: RedisStorage, clock: ManualClock, size: int
+    server: RedisServer, storage: RedisStorage, clock: ManualClock, size: int, once: Once
 ) -> None:
-    claims = [ask(f"m{number}", index=f"{number}") for number in range(1, size + 1)]
+    claims = [ask(f"m{number}", index=f"{number}", once=once) for number in range(1, size + 1)]
     before = _commands(server)
 
     granted = _grant_all(storage, claims)
@@ -154,6 +156,38 @@ def test_topics_retentions_and_workers_may_differ_in_one_request(storage: RedisS
     assert sorted(int(found.index) for found in storage.range("topic-1")) == list(range(1, 61, 3))
     clock.advance(WEEK)
     assert [storage.len(f"topic-{number}") for number in range(3)] == [10, 10, 10]
+
+
+def test_an_index_in_the_short_form_is_held(storage: RedisStorage, clock: ManualClock) -> None:
+    claim = ask("m1", once="index")
+    granted = grant(storage, claim)
+    other = ask("m2", once="index", digest="d2", worker="w2")
+
+    assert wait(storage, other) == LEASE
+    clock.advance(LEASE)
+    taken = grant(storage, other)
+    assert storage.renew("w1", ["m1"], LEASE) == set()
+    assert not storage.commit(settle(Step.HANDLED, claim, granted))
+    finish(storage, other, taken)
+    assert kinds(storage) == ["sent", "attempt", "busy", "sent", "attempt", "fenced", "handled"]
+
+
+def test_a_handled_index_is_held_no_longer(server: RedisServer, storage: RedisStorage, clock: ManualClock) -> None:
+    claims = [ask(f"m{number}", index=f"{number}", once="index") for number in range(3)]
+    granted = _grant_all(storage, claims)
+    clock.advance(1)
+    _finish_all(storage, claims, granted)
+
+    with server.client() as client:
+        assert not list(client.scan_iter("watch:h:*"))
+    again = [
+        replace(claim, id="other", digest=digest) for claim, digest in zip(claims, ("d1", "d2", "d1"), strict=True)
+    ]
+    assert [answer.why for answer in storage.claim_many(again)] == [  # type: ignore[union-attr]
+        Refusal.DUPLICATE,
+        Refusal.CONFLICT,
+        Refusal.DUPLICATE,
+    ]
 
 
 @pytest.mark.parametrize("twice", ["id", "index"])

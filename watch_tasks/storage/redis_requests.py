@@ -65,7 +65,7 @@ def pack_claims(claims: Sequence[Claim]) -> tuple[Any, list[bytes]]:
                 [micros(claim.sent_at) for claim in run],
                 _column([claim.nonce for claim in run]),
                 None if is_one else [len(note) for note in notes],
-                None if short else _column([claim.digest for claim in run]),
+                _column([claim.digest for claim in run]) if first.once == "index" else None,
             )
         )
     return request, blobs
@@ -154,7 +154,7 @@ def _column(values: list[Any]) -> Any:
 def _short_notes(claims: Sequence[Claim]) -> list[bytes] | None:
     """Return the notes of one run without their beginnings; None: it does not fit into the short form of a state."""
     first, notes = claims[0], []
-    if first.once != "message" or not _may_fold(first.retention) or len(first.worker) > _LONG_NAME:
+    if not _may_fold(first.retention) or len(first.worker) > _LONG_NAME:
         return None
     for claim in claims:
         note, copy = claim.note, claim.copy

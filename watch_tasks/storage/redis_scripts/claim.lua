@@ -120,10 +120,11 @@ end
 
 -- Whether nothing is known of one of a plain run.
 local function is_fresh(run, number)
-  local id, index = run.ids[number], run.indexes[number]
   if run.records and run.records[number] then return false end
-  return redis.call('EXISTS', PREFIX .. 's:' .. id, PREFIX .. 'm:' .. id, story_key(run.topic, index)) == 0
-    and redis.call('HEXISTS', of_topic('r', run.topic), index) == 0
+  local topic, id, index = run.topic, run.ids[number], run.indexes[number]
+  return redis.call('EXISTS', PREFIX .. 's:' .. id, PREFIX .. 'm:' .. id, story_key(topic, index)) == 0
+    and redis.call('HEXISTS', of_topic('r', topic), index) == 0
+    and (run.once ~= 'index' or redis.call('EXISTS', of_topic('h', topic) .. ':' .. index) == 0)
 end
 
 for number = rest, #runs do

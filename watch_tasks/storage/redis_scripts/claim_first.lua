@@ -1,8 +1,8 @@
 -- Messages that are asked for the first time are most of all, and nothing is known of them: all are granted at once,
 -- before anything else is even defined.
 --
--- A run is of claims that have much in common. It is plain where each may be granted so: under once="message", no id and
--- no index twice in the request. A column with one value for all is that value.
+-- A run is of claims that have much in common. It is plain where each may be granted so: no id and no index is twice in
+-- the request. A column with one value for all is that value.
 
 -- Tokens of those granted, or answers; the run at which more care begins.
 local answers, runs, rest = {}, {}, nil
@@ -12,8 +12,11 @@ local function grant_fresh(run, first, last, token, command)
   local ids, indexes, copies, sent, nonces, pairs = run.ids, run.indexes, run.copies, run.sent, run.nonces, {}
   local copy, nonce, note, copied, named = copies, nonces, run.notes, type(copies) == 'table', type(nonces) == 'table'
   local lead = TAG .. struct.pack('>d', NOW + run.lease)
-  local holder = struct.pack('>BI2c0', run.started and 1 or 0, #run.worker, run.worker)
+  local is_exclusive = run.once == 'index'
+  local flags = (run.started and STARTED or 0) + (is_exclusive and EXCLUSIVE or 0)
+  local holder = struct.pack('>BI2c0', flags, #run.worker, run.worker)
   local ending, states, stories = head_end(run.topic, run.retention), PREFIX .. 's:', of_topic('t', run.topic) .. ':'
+  local holders = is_exclusive and of_topic('h', run.topic) .. ':'
   local head_place, place = 14 + #holder, 0
   local events_place = head_place + 14 + #ending
   for number = first, last do
@@ -26,11 +29,14 @@ local function grant_fresh(run, first, last, token, command)
       holder, nonce, token, copy, #index, index, ending, copy, sent[number], NOW, note)
     pairs[place + 3], pairs[place + 4] = stories .. index, id
     answers[#answers + 1], token, place = token, token + 1, place + 4
+    if holders then
+      pairs[place + 1], pairs[place + 2], place = holders .. index, id, place + 2
+    end
   end
   return redis.call(command, unpack(pairs)) ~= 0
 end
 
--- Grant all of a run, if none has a mark, a state, a story or a record under its index.
+-- Grant all of a run, if none has a mark, a state, a story or a record under its index, and no index is held.
 local function grant_all(run)
   local marks, prefix, count, before = {}, PREFIX .. 'm:', #run.ids, #answers
   for number, id in ipairs(run.ids) do marks[number] = prefix .. id end

@@ -69,7 +69,9 @@ local function settle_first(run)
         added[count + 1], fields[2 * count + 1] = index, index
         fields[2 * count + 2] = struct.pack('>c0I4c0c0c0', lead, since, span,
           string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]), string.sub(state, events))
-        gone[2 * count + 1], gone[2 * count + 2] = keys[number], stories .. index
+        gone[#gone + 1], gone[#gone + 2] = keys[number], stories .. index
+        -- Who took the index over would have unfolded it.
+        if string.byte(state, 14) >= EXCLUSIVE then gone[#gone + 1] = of_topic('h', topic) .. ':' .. index end
         run.settled[number] = true
       end
     end

@@ -22,12 +22,13 @@ local function time_of(place) return struct.unpack('>I7', place) - SHIFT end
 --   tag        1 byte
 --   until      8        end of the lease
 --   places     2 and 2  where head and events begin
---   started    1
+--   flags      1            whether its handlers have started; whether it holds its index, under once="index"
 --   worker     2 and its bytes: how long it is, and what
 --   nonce      as long as it is
 --   head       token (8), copy (4), index (2 and its bytes), topic (2 and its bytes), retention (8; -1 for ever)
 --   events     copy (4), sent at (8), granted at (8), note without its beginning: see `note_of`
 local TAG = '\1'
+local STARTED, EXCLUSIVE = 1, 2
 
 -- What of the head is the same for many: behind token, copy and index.
 local function head_end(topic, retention) return struct.pack('>I2c0d', #topic, topic, retention or -1) end

@@ -32,8 +32,10 @@ end
 function unfold_state(id, value)
   local state, head, behind = new_state(id, 'running', 0), nil, nil
   state['until'], head = struct.unpack('>dI2', value, 2)
-  state.started, state.worker, behind = struct.unpack('>BI2c0', value, 14)
-  state.started, state.nonce = state.started == 1, string.sub(value, behind, head - 1)
+  local flags = string.byte(value, 14)
+  state.started, state.exclusive = bit.band(flags, STARTED) > 0, bit.band(flags, EXCLUSIVE) > 0
+  state.worker, behind = struct.unpack('>I2c0', value, 15)
+  state.nonce = string.sub(value, behind, head - 1)
   state.token, state.copy, state.index, state.topic = struct.unpack('>dI4I2c0I2c0', value, head)
   state.first, state.carried = state.token, state.copy
   save(state)
