@@ -7,16 +7,20 @@ Keys, each under the prefix (a topic has no `:`, or it is escaped, so no two nam
 
 | key | holds |
 |---|---|
-| `r:<topic>` | hash: the records, by index: times, tokens, id, digest, and the record's bytes |
+| `r:<topic>` | hash: the records, by index: times, tokens, id, digest, the record's bytes, perhaps the story |
 | `b:<topic>` | hash: those bytes, where they are more than 4 KiB |
 | `o:<topic>`, `i:<topic>:<order>`, `z:<topic>:<order>:<fence>` | the indexes by time: see `orders.lua` |
-| `s:<id>` | the state of an unfinished or dead message |
+| `s:<id>` | the state of an unfinished or dead message; at its first try in a short form, see `forms.lua` |
 | `m:<id>` | the mark: done, though no record says so |
 | `h:<topic>:<index>` | the id that holds the index, under once="index" |
-| `t:<topic>:<index>` | list: the story |
+| `t:<topic>:<index>` | list: the story; or the id of the message that is at its first try |
 | `d:<id>`, `letters`, `l:<topic>` | dead letters, and their ids by time: all, and those of a topic |
 | `c:<topic>`, `topics`, `token` | hash of counters, set of names, the last token |
 | `layout`, `tended` | the number of this form of the keys, and when what is over was trimmed last |
+
+The story of a message at its first try is folded into its state, and when it is handled, into its record: most
+messages need no list, no key outlives them, and many are granted or settled by a few commands of the server. Whatever
+else happens to the index unfolds it first; see `stories.lua`. Other messages of the same request go the long way.
 
 Records are ended by us, a bounded number at a time, when there are writes and by `tend`. Ended by the server, a million
 that end together are a pause; and each would need a key of its own, which costs more than the record.
