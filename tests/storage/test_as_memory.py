@@ -95,7 +95,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
@@ -113,9 +113,12 @@ def test_all_storages_answer_alike(fresh: Open, steps: list[tuple[tuple[str, Any
             if verb == "advance":
                 clock.advance(what)
                 other.tend()
-            assert _stories(other) == _stories(memory), f"{verb} {what}"
+            # Where one is not simply a list of what was told; on a database it would take too long.
+            if isinstance(other, RedisStorage):
+                assert _stories(other) == _stories(memory), f"{verb} {what}"
 
         assert _everything(other) == _everything(memory)
+        assert _stories(other) == _stories(memory)
     # A storage may leave numbers out, as long as they grow.
     assert _ranks(grants) == _ranks(expected_grants)
 

@@ -72,9 +72,9 @@ local function get_changes()
 end
 
 -- One record per index: what it replaces leaves the mark of its id. Returns whether it is kept. `new` has at, retention
--- or nil, first, token, id, digest; it becomes as small as may be, because there may be ten million.
+-- or nil, first, token, id, digest; it becomes as small as may be, because there may be ten million. The caller tells of
+-- it, or opens the story.
 local function write_record(topic, index, old, stored, new, blob)
-  open_story(topic, index)
   if old and not is_of(old, new.id) then get_changes().leave_mark(old) end
   if new.retention and new.at + new.retention <= NOW then
     get_changes().forget_record(topic, index, stored)

@@ -38,13 +38,13 @@ end
 
 -- Grant all of a run, if none has a mark, a state, a story or a record under its index, and no index is held.
 local function grant_all(run)
-  local marks, prefix, count, before = {}, PREFIX .. 'm:', #run.ids, #answers
-  for number, id in ipairs(run.ids) do marks[number] = prefix .. id end
-  if redis.call('EXISTS', unpack(marks)) > 0 then return false end
   run.records = redis.call('HMGET', of_topic('r', run.topic), unpack(run.indexes))
   for _, record in ipairs(run.records) do
     if record then return false end
   end
+  local marks, prefix, count, before = {}, PREFIX .. 'm:', #run.ids, #answers
+  for number, id in ipairs(run.ids) do marks[number] = prefix .. id end
+  if redis.call('EXISTS', unpack(marks)) > 0 then return false end
   -- As `next_token` does it, for many.
   local token, key = NOW, PREFIX .. 'token'
   local last = tonumber(redis.call('SET', key, digits(NOW + count - 1), 'GET') or 0)

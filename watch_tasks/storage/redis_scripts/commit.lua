@@ -111,7 +111,9 @@ local function commit_one(commit)
     if commit.step == 'retry' then count(commit.topic, 'retries', 1) end
     events = commit.events
   end
-  if commit.index then
+  if commit.index and #events == 0 then
+    open_story(commit.topic, commit.index)
+  elseif commit.index then
     tell(commit.topic, commit.index, commit.expires, events, is_kept or get_states().owns(state, commit.topic, commit.index))
   end
   return answer

@@ -41,14 +41,16 @@ end
 -- Settle those of a run that it can.
 local function settle_first(run)
   local topic, retention, ids, indexes, tokens, copies = run.topic, run.retention, run.ids, run.indexes, run.tokens, run.copies
+  local keys, fields, gone, added, prefix, is_first = {}, {}, {}, {}, PREFIX .. 's:', false
+  for number, id in ipairs(ids) do keys[number] = prefix .. id end
+  local states = redis.call('MGET', unpack(keys))
+  for _, state in ipairs(states) do is_first = is_first or state and string.sub(state, 1, 1) == TAG end
+  if not is_first then return end
   local order = ':' .. (retention and digits(retention) or 'never')
   local fences, leaves = of_topic('i', topic) .. order, of_topic('z', topic) .. order .. ':'
   local tail = redis.call('ZRANGE', fences, -1, -1)[1]
   -- Where the order is not known to be there, or has something later, it needs more care.
   if not tail or time_of(tail) + struct.unpack('>I4', redis.call('LINDEX', leaves .. tail, -1)) >= NOW then return end
-  local keys, fields, gone, added, prefix = {}, {}, {}, {}, PREFIX .. 's:'
-  for number, id in ipairs(ids) do keys[number] = prefix .. id end
-  local states = redis.call('MGET', unpack(keys))
   local flags, span = FOLDED + NEAR + ENDLESS, ''
   if retention and retention % 1000000 == 0 then
     flags, span = FOLDED + NEAR + SECONDS, struct.pack('>I4', retention / 1000000)

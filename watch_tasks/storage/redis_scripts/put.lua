@@ -9,6 +9,7 @@ local function put_one(topic, index, id, at, retention, is_only_newer, id_size, 
   local new = {at = at, retention = retention, first = token, token = token, id = string.sub(value, 1, id_size),
     digest = string.sub(value, id_size + 1, blob)}
   count(topic)
+  open_story(topic, index)
   if not write_record(topic, index, old, stored, new, string.sub(value, blob + 1)) then return 0 end
   local state = get_states().read_state(id)
   if state and state.status ~= 'running' then get_states().forget(state, topic, index) end
