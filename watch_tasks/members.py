@@ -21,6 +21,7 @@ from .message import Message
 from .outcome import Busy, Outcome, Reason
 from .packets import Member, Packet, read_member
 from .pipeline import Pipeline
+from .queue import bulk
 from .storage.protocol import Step
 from .work import Settlement, Work
 
@@ -108,7 +109,7 @@ class Members:
                 outcome = self._pipeline.bury(
                     reason,
                     exc,
-                    id=member.id,
+                    id=bulk.id_of(member),
                     topic=packet.topic,
                     raw=bytes(member.data),
                     content_type="application/json",

@@ -17,7 +17,7 @@ from .errors import MessageError
 from .message import Message, Once, new_id
 from .schema import load
 
-__all__ = ["MOST_BYTES", "MOST_MEMBERS", "Member", "Packet", "member_of", "new_ids", "read_member"]
+__all__ = ["MOST_BYTES", "MOST_MEMBERS", "Member", "Packet", "StrangeMember", "member_of", "new_ids", "read_member"]
 
 #: Members that a packet has at most, and bytes of JSON: so many that what the packet itself costs hardly counts, and so
 #: few that a group of them does not keep a server from others for long.
@@ -45,6 +45,12 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     #: The data in plain form, as the canonical JSON that `schema.dump` makes.
     data: msgspec.Raw
     more: More | None = None
+
+
+class StrangeMember(Member, frozen=True, array_like=True):
+    """Something in a packet that is no message. Its data is the whole of it."""
+
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -91,6 +97,8 @@ def read_member(member: Member, topic: str, sent_at: datetime) -> Message[Any]:
         MessageError: it is no message.
         ValueError: its data is no JSON.
     """
+    if isinstance(member, StrangeMember):
+        raise MessageError(f"a member of a packet must be [id, index, data, more]: {member.error}")
     if not isinstance(member.id, str) or not 0 < len(member.id) <= 255 or not member.id.isprintable():
         raise MessageError(f"the id must be 1 to 255 printable characters, got {member.id!r}"[:500])
     data, more = load(bytes(member.data)), member.more
@@ -105,9 +113,13 @@ def read_member(member: Member, topic: str, sent_at: datetime) -> Message[Any]:
         max_retries=more.max_retries,
         once=more.once,
         handled=more.handled,
-        sent_at=more.sent_at or sent_at,
+        sent_at=_aware(more.sent_at) or sent_at,
         copy=more.copy,
     )
+
+
+def _aware(time: datetime | None) -> datetime | None:
+    return time.replace(tzinfo=UTC) if time and time.tzinfo is None else time
 
 
 def new_ids() -> Iterator[str]:

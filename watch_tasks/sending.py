@@ -228,7 +228,9 @@ class Sender(Generic[T]):
         self._note(Message(data, self._topic.name, index="?") if self._on_verdict else None, Verdict.REFUSED)
 
     def _add(self, member: Member, size: int, message: Message[T] | None) -> None:
-        size += len(member.index) + _BESIDES
+        size += _BESIDES + len(member.index if member.index.isascii() else member.index.encode())
+        if member.more is not None:
+            size += len(msgspec.json.encode(member.more))
         if self._members and self._bytes + size > MOST_BYTES:
             self._flush()
         self._members.append(member)

@@ -230,6 +230,15 @@ class Watcher:
                 return False
         return True
 
+    def _release(self) -> None:
+        if self.queue not in self._opened:
+            try:
+                self.queue.release()
+            except QueueClosedError:
+                pass
+            except Exception as exc:  # noqa: BLE001 - whatever a queue raises; closing it gives back the same
+                logger.warning("watcher %s keeps what its queue fetched, until that is closed: %s", self.name, exc)
+
     def _close(self) -> None:
         self._leases.stop()
         for thing in self._opened:
@@ -281,6 +290,7 @@ class Watcher:
         finally:
             self._stopping.set()
             close_loop()
+            self._release()
             self._close()
             with self._idle:
                 self._idle.notify_all()

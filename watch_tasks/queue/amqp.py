@@ -18,9 +18,11 @@ import kombu.exceptions
 
 from ..errors import ConfigurationError, QueueClosedError, QueueUnavailableError, SendFailedError, SendUnknownError
 from ..message import Message
+from ..packets import Packet
 from .base import Delivery, Queue, Unreadable
-from .broker import ANSWER, CONNECT, send_error
-from .envelope import MAX_PAYLOAD, Envelope, pack, unpack
+from .broker import ANSWER, CONNECT, name_of, send_error
+from .envelope import MAX_PAYLOAD, Envelope, pack, pack_packet, unpack
+from .opened import OpenPacket
 
 __all__ = ["DEAD_LETTERS", "AmqpQueue", "open_url", "quorum_arguments"]
 
@@ -53,8 +55,10 @@ def quorum_arguments(delivery_limit: int = DELIVERY_LIMIT, dead_letters: str = D
 
 
 class _Delivery(Delivery):
-    def __init__(self, queue: AmqpQueue, channel: Any, tag: int, message: Message[Any] | Unreadable) -> None:
-        self.message = message
+    def __init__(self, queue: AmqpQueue, channel: Any, tag: int, content: Message[Any] | Packet | Unreadable) -> None:
+        if not isinstance(content, Packet):  # of which its members alone are told
+            self.message = content
+        self.content = content
         self.tag = tag
         #: By what it came: once that is gone, the message is delivered again.
         self.channel = channel
@@ -68,7 +72,7 @@ class _Delivery(Delivery):
 
     def back(self, delay: float = 0.0) -> None:
         if self._is_open:
-            self._queue._hold(_Delivery(self._queue, self.channel, self.tag, self.message), delay)
+            self._queue._hold(_Delivery(self._queue, self.channel, self.tag, self.content), delay)
             self._is_open = False
 
 
@@ -104,7 +108,7 @@ class AmqpQueue(Queue):
         self.name = queue
         self._url = url
         self._arguments = arguments
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._answer = answer
         self._closed = threading.Event()
         #: The client is not for several threads: each lock is held for one question and its answer.
@@ -118,6 +122,8 @@ class AmqpQueue(Queue):
         self._held_lock = threading.Lock()
         self._held: list[tuple[float, int, _Delivery]] = []
         self._count = 0
+        #: The packet whose members are handed out now.
+        self._opened: OpenPacket | None = None
         try:
             self._shown = str(self._connection().as_uri())
         except (ValueError, LookupError) as exc:
@@ -132,23 +138,29 @@ class AmqpQueue(Queue):
     # -- sending
 
     def push(self, message: Message[Any], *, delay: float = 0.0, bounded: bool = True) -> None:
-        envelope = pack(message, delay=delay, limit=self._max_payload if bounded else None)
+        self._send(pack(message, delay=delay, limit=self.max_payload if bounded else None), message)
+
+    def push_packet(self, packet: Packet, *, delay: float = 0.0) -> None:
+        self._send(pack_packet(packet, delay=delay), packet)
+
+    def _send(self, envelope: Envelope, sent: Message[Any] | Packet) -> None:
         with self._sending:
             self._check_open()
             try:
-                self._publish(envelope, message)
+                self._publish(envelope, sent)
             except SendUnknownError as unknown:
                 # Most likely a connection that broke while it idled. Twice is safe: the id is the same.
                 try:
-                    self._publish(envelope, message)
+                    self._publish(envelope, sent)
                 except SendFailedError:
                     raise unknown from unknown.__cause__
 
     def len(self) -> int:
         with self._asking() as channel:
             waiting = int(channel.queue_declare(self.name, passive=True).message_count)
+        opened = self._opened
         with self._held_lock:
-            return waiting + len(self._held)
+            return waiting + len(self._held) + (len(opened) if opened else 0)
 
     def clear(self) -> int:
         with self._asking() as channel:
@@ -157,16 +169,15 @@ class AmqpQueue(Queue):
             held, self._held = self._held, []
         for _, _, delivery in held:
             delivery.ack()
-        return count + len(held)
+        opened = self._opened
+        return count + len(held) + (opened.clear() if opened else 0)
 
-    def _publish(self, envelope: Envelope, message: Message[Any]) -> None:
+    def _publish(self, envelope: Envelope, message: Message[Any] | Packet) -> None:
         try:
             channel = self._sending_channel()
         except _TROUBLE as exc:
             self._drop_sender()
-            raise SendFailedError(
-                f"message {message.id} of topic `{message.topic}` was not sent: cannot connect to {self._shown}: {exc}"
-            ) from exc
+            raise SendFailedError(f"{name_of(message)} was not sent: cannot connect to {self._shown}: {exc}") from exc
         try:
             _kombu.Producer(channel, auto_declare=False).publish(
                 envelope.body,
@@ -209,13 +220,19 @@ class AmqpQueue(Queue):
         pause, longest = _LOOKS
         self._check_open()
         while True:
-            delivery = self._due() or self._receive() or self._due()
+            delivery = self._next_opened() or self._due() or self._receive() or self._due()
             if delivery or self._closed.is_set() or (end is not None and time.monotonic() >= end):
                 return delivery
             self._closed.wait(pause if end is None else max(min(pause, end - time.monotonic()), 0.0))
             pause = min(pause * 2, longest)
 
-    def _receive(self) -> _Delivery | None:
+    def _next_opened(self) -> Delivery | None:
+        delivery = self._opened.next() if self._opened else None
+        if not self._opened:
+            self._opened = None  # it is kept by its members that are in hand, and by nothing else
+        return delivery
+
+    def _receive(self) -> Delivery | None:
         """Take what is next, unless it has to wait here; it may be followed by one that need not."""
         while True:
             with self._reading:
@@ -229,17 +246,25 @@ class AmqpQueue(Queue):
                     raise self._unavailable(exc) from exc
             if raw is None:
                 return None
-            message, wait = unpack(_envelope(raw), limit=self._max_payload)
-            delivery = _Delivery(self, channel, raw.delivery_tag, message)
+            found, wait = unpack(_envelope(raw), limit=self.max_payload)
+            delivery = _Delivery(self, channel, raw.delivery_tag, found)
             if wait <= 0:
-                return delivery
+                return self._open(delivery)
             self._hold(delivery, wait)
 
-    def _due(self) -> _Delivery | None:
+    def _open(self, delivery: _Delivery) -> Delivery | None:
+        """Return what is handed out of a delivery: itself, or the first member of a packet."""
+        if not isinstance(delivery.content, Packet):
+            return delivery
+        self._opened = OpenPacket(delivery.content, delivery, self, self.max_payload)
+        return self._next_opened()
+
+    def _due(self) -> Delivery | None:
         with self._held_lock:
-            if self._held and self._held[0][0] <= time.monotonic():
-                return heapq.heappop(self._held)[2]
-        return None
+            if not self._held or self._held[0][0] > time.monotonic():
+                return None
+            delivery = heapq.heappop(self._held)[2]
+        return self._open(delivery)
 
     def _hold(self, delivery: _Delivery, delay: float) -> None:
         with self._held_lock:
@@ -267,10 +292,17 @@ class AmqpQueue(Queue):
         with self._held_lock:
             self._channel = None
             self._held.clear()
+        if self._opened:
+            self._opened.forget()  # the server hands it over again
         reader, self._reader = self._reader, None
         _close(reader)
 
     # -- life
+
+    def release(self) -> None:
+        self._check_open()
+        if self._opened:
+            self._opened.release()
 
     def close(self) -> None:
         self._closed.set()

@@ -89,6 +89,12 @@ class Queue(ABC):
     def clear(self) -> int:
         """Throw away what waits; return how many messages that were."""
 
+    def release(self) -> None:
+        """Let other readers have what was fetched together and not handed out yet; here, nothing is.
+
+        For whoever stops reading and does not close the queue.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Let go of connections; a `next` that waits returns None. Twice is safe.

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, SendError, SendFailedError, SendUnknown
 from ..message import Message
 from ..packets import Packet
 
-__all__ = ["ANSWER", "CONNECT", "TROUBLE", "broker_url", "check_url", "send_error", "transport_options"]
+__all__ = ["ANSWER", "CONNECT", "TROUBLE", "broker_url", "check_url", "name_of", "send_error", "transport_options"]
 
 #: kombu's classes have no types.
 _kombu: Final[Any] = kombu
@@ -47,8 +47,7 @@ def send_error(error: BaseException, message: Message[Any] | Packet) -> SendErro
         message: what was being sent.
     """
     chain = list(_causes(error))
-    what = "message" if isinstance(message, Message) else f"packet of {len(message.members)} messages,"
-    text = f"{what} {message.id} of topic `{message.topic}`"
+    text = name_of(message)
     # The pool's own "nothing to reuse" may stand below what went wrong with the connection.
     last = next((cause for cause in reversed(chain) if isinstance(cause, (OSError, redis.RedisError))), error)
     why = str(last) or type(last).__name__
@@ -56,6 +55,12 @@ def send_error(error: BaseException, message: Message[Any] | Packet) -> SendErro
         return SendFailedError(f"{text} was not sent: {why}; is the broker up, and its URL right?")
     told: Any = message  # that of a packet goes no further than its Sender, which knows the messages
     return SendUnknownError(f"{text} may have been sent, the broker's answer was lost: {why}; send it again", told)
+
+
+def name_of(sent: Message[Any] | Packet) -> str:
+    """Return how errors name what was being sent."""
+    what = "message" if isinstance(sent, Message) else f"packet of {len(sent.members)} messages,"
+    return f"{what} {sent.id} of topic `{sent.topic}`"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

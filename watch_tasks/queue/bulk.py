@@ -1,7 +1,8 @@
 """A packet in the wire form of Celery: one message of the internal task `watch._bulk`, and back.
 
 Its two arguments are the name of the topic and the list of its members, each `[id, index, data, more]`, where `more` is
-null or an object; see `packets.py`. Our own header tells when it was made.
+null or an object; see `packets.py`. Our own header tells when it was made, and how many messages it holds. Fields that
+a newer version may add are passed over, in a member as in the header.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from typing import Any, Final
 import msgspec
 
 from ..errors import MessageError, TopicError
-from ..packets import Member, Packet
+from ..packets import MOST_BYTES, Member, Packet, StrangeMember
 from ..topics import check_topic
 from . import wire
 
-__all__ = ["TASK", "Named", "body", "headers", "is_bulk", "names", "read", "reprs"]
+__all__ = ["TASK", "Named", "body", "headers", "id_of", "is_bulk", "most_bytes", "names", "read", "reprs"]
 
 #: The task that packets are messages of.
 TASK: Final = f"{wire.PREFIX}_bulk"
+_EXPECTED: Final = "the body must be [[topic, members], {}, embed]"
 
+_VERSION: Final = 1
+#: Bytes that a body may have beside what its sender counts: indexes that take more than counted, and rules of members.
+_BESIDES: Final = 1_048_576
 _EMBED: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
@@ -31,13 +36,18 @@ class Named(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Header(msgspec.Struct, frozen=True):
-    sent_at: datetime
+    version: int = _VERSION
+    #: RFC 3339.
+    sent_at: datetime | None = None
 
 
 _Body = tuple[tuple[str, list[Member]], dict[str, Any], Any]
 _NamedBody = tuple[tuple[str, list[Named]], dict[str, Any], Any]
+_RawBody = tuple[tuple[str, list[msgspec.Raw]], dict[str, Any], Any]
 _decode = msgspec.json.Decoder(_Body).decode
 _decode_names = msgspec.json.Decoder(_NamedBody).decode
+_decode_raw = msgspec.json.Decoder(_RawBody).decode
+_decode_member = msgspec.json.Decoder(Member).decode
 
 
 def is_bulk(task: object) -> bool:
@@ -45,9 +55,16 @@ def is_bulk(task: object) -> bool:
     return task == TASK
 
 
+def most_bytes(limit: int) -> int:
+    """Return the bytes that a body may have whose members' data may have `limit` each."""
+    return max(limit, MOST_BYTES) + _BESIDES
+
+
 def headers(packet: Packet) -> dict[str, Any]:
     """Return our own header, under its name."""
-    return {wire.HEADER: {"version": 1, "sent_at": packet.sent_at.isoformat()}}
+    # The scripts on Redis read the number: see `flight_scripts/common.lua`.
+    fields = {"version": _VERSION, "sent_at": packet.sent_at.isoformat(), "messages": len(packet.members)}
+    return {wire.HEADER: fields}
 
 
 def reprs(packet: Packet) -> dict[str, str]:
@@ -60,13 +77,21 @@ def body(packet: Packet) -> bytes:
     return msgspec.json.encode(((packet.topic, packet.members), {}, _EMBED))
 
 
+def id_of(member: Member) -> str:
+    """Return the id of a member, or where it has none that can be one, that of its bytes."""
+    return member.id if wire.is_id(member.id) else wire.bytes_id(msgspec.json.encode(member))
+
+
 def names(raw: bytes) -> list[str]:
     """Return the ids of the members of a body.
 
     Raises:
         MessageError: it is no body of a packet.
     """
-    return [member.id for member in _read(_decode_names, raw)[0][1]]
+    try:
+        return [member.id for member in _decode_names(raw)[0][1]]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return [member.id for member in _read_each(raw)[1]]
 
 
 def read(raw: bytes, fields: dict[str, Any]) -> Packet:
@@ -75,22 +100,40 @@ def read(raw: bytes, fields: dict[str, Any]) -> Packet:
     Raises:
         MessageError: they are none; the text says what was expected and what came.
     """
-    (topic, members), _, _ = _read(_decode, raw)
-    header = fields.get(wire.HEADER)
     try:
-        sent_at = msgspec.convert(header, _Header).sent_at if header else datetime.now(UTC)
+        (topic, members), _, _ = _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        topic, members = _read_each(raw)
+    try:
+        check_topic(topic)
+    except TopicError as exc:
+        raise MessageError(f"{_EXPECTED}: {exc}"[:500]) from exc
+    try:
+        header = msgspec.convert(fields.get(wire.HEADER) or {}, _Header)
     except msgspec.ValidationError as exc:
         raise MessageError(f"the header `{wire.HEADER}` does not fit: {exc}") from exc
+    if header.version > _VERSION:
+        raise MessageError(f"the header `{wire.HEADER}` is of version {header.version}, this worker knows {_VERSION}")
     id = fields.get("id")
     if not wire.is_id(id):
         raise MessageError(f"the header `id` must be 1 to 255 printable characters, got {id!r}"[:500])
-    return Packet(topic, members, id, sent_at if sent_at.tzinfo else sent_at.replace(tzinfo=UTC))
+    return Packet(topic, members, id, wire.aware(header.sent_at) or datetime.now(UTC))
 
 
-def _read(decode: Any, raw: bytes) -> Any:
+def _read_each(raw: bytes) -> tuple[str, list[Member]]:
+    """Return the topic and the members, some of which are no members: those keep no other from being handled.
+
+    Raises:
+        MessageError: it is no body of a packet.
+    """
     try:
-        found = decode(raw)
-        check_topic(found[0][0])
-    except (msgspec.DecodeError, TopicError, UnicodeDecodeError) as exc:
-        raise MessageError(f"the body must be [[topic, members], {{}}, embed]: {exc}"[:500]) from exc
-    return found
+        (topic, found), _, _ = _decode_raw(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise MessageError(f"{_EXPECTED}: {exc}"[:500]) from exc
+    members: list[Member] = []
+    for one in found:
+        try:
+            members.append(_decode_member(one))
+        except msgspec.DecodeError as exc:
+            members.append(StrangeMember(wire.bytes_id(bytes(one)), "", one, error=str(exc)[:500]))
+    return topic, members

@@ -15,13 +15,14 @@ from typing import Any, Final
 from ..errors import MessageError, SchemaError, TooLargeError, TopicError
 from ..message import Message, check_index
 from ..outcome import Reason
+from ..packets import Member, Packet, read_member
 from ..schema import PlainSchema, dump, load
 from ..topics import check_topic
-from . import wire
+from . import bulk, wire
 from .base import Unreadable
 from .inflate import inflate
 
-__all__ = ["MAX_PAYLOAD", "Envelope", "pack", "unpack"]
+__all__ = ["MAX_PAYLOAD", "Envelope", "pack", "pack_packet", "unpack", "unpack_member"]
 
 #: Bytes of JSON that the data of a message may have: 1 MiB.
 MAX_PAYLOAD: Final = 1_048_576
@@ -66,32 +67,46 @@ def pack(message: Message[Any], *, delay: float = 0.0, limit: int | None = MAX_P
     size = len(body) - len(dump([[None], keywords, _EMBED])) + len(b"null")
     if limit is not None and size > limit:
         raise TooLargeError(message.topic, size, limit)
+    headers = _headers(wire.task_name(message.topic), message.id, delay, message.retries)
+    return Envelope({**headers, **wire.reprs(message), **wire.headers(message)}, body)
+
+
+def pack_packet(packet: Packet, *, delay: float = 0.0) -> Envelope:
+    """Return the envelope by which a packet is sent; `delay` as of `pack`.
+
+    Raises:
+        TopicError: its topic is no name of one.
+    """
+    check_topic(packet.topic)
+    headers = _headers(bulk.TASK, packet.id, delay)
+    return Envelope({**headers, **bulk.reprs(packet), **bulk.headers(packet)}, bulk.body(packet))
+
+
+def _headers(task: str, id: str, delay: float, retries: int = 0) -> dict[str, Any]:
+    """Return what Celery writes into the headers of every message."""
     eta = datetime.now(UTC) + timedelta(seconds=delay) if delay > 0 else None
-    headers = {
+    return {
         "lang": "py",
-        "task": wire.task_name(message.topic),
-        "id": message.id,
+        "task": task,
+        "id": id,
         "shadow": None,
         "eta": eta.isoformat() if eta else None,
         "expires": None,
         "group": None,
         "group_index": None,
-        "retries": message.retries,
+        "retries": retries,
         "timelimit": [None, None],
-        "root_id": message.id,
+        "root_id": id,
         "parent_id": None,
         "origin": f"{os.getpid()}@{socket.gethostname()}",
         "ignore_result": True,
         "replaced_task_nesting": 0,
         "stamped_headers": None,
         "stamps": {},
-        **wire.reprs(message),
-        **wire.headers(message),
     }
-    return Envelope(headers, body)
 
 
-def unpack(envelope: Envelope, *, limit: int = MAX_PAYLOAD) -> tuple[Message[Any] | Unreadable, float]:
+def unpack(envelope: Envelope, *, limit: int = MAX_PAYLOAD) -> tuple[Message[Any] | Packet | Unreadable, float]:
     """Return what an envelope holds, and the seconds until that is due.
 
     Whatever is wrong with it comes back as an Unreadable: nothing is raised.
@@ -111,14 +126,47 @@ class _Unfit(Exception):
         self.reason = reason
 
 
-def _read(envelope: Envelope, limit: int) -> Message[Any]:
+def unpack_member(packet: Packet, member: Member, *, limit: int = MAX_PAYLOAD) -> Message[Any] | Unreadable:
+    """Return the message that a member of a packet is; one that is none is an Unreadable of its own."""
+    reason = Reason.MALFORMED
+    try:
+        if len(bytes(member.data)) > limit:
+            raise _Unfit(Reason.TOO_LARGE, f"the data takes more than {limit} bytes, the most that are read")
+        return read_member(member, packet.topic, packet.sent_at)
+    except _Unfit as exc:
+        reason, error = exc.reason, str(exc)
+    except MessageError as exc:
+        error = str(exc)
+    except (ValueError, RecursionError) as exc:
+        reason, error = Reason.UNDECODABLE, f"the data must be JSON: {exc}"[:300]
+    return Unreadable(
+        reason=reason,
+        error=error,
+        id=bulk.id_of(member),
+        topic=packet.topic,
+        index=_checked(member.index),
+        raw=bytes(member.data),
+        content_type=_JSON,
+    )
+
+
+def _read(envelope: Envelope, limit: int) -> Message[Any] | Packet:
     kind = str(envelope.content_type).partition(";")[0].strip().lower()
     if kind != _JSON:
         raise _Unfit(Reason.UNDECODABLE, f"the content type must be `{_JSON}`, got {envelope.content_type!r}"[:300])
-    most = limit + _BESIDES
+    is_packet = bulk.is_bulk(envelope.headers.get("task"))
+    most = bulk.most_bytes(limit) if is_packet else limit + _BESIDES
     body = _inflate(envelope.body, envelope.headers.get("compression"), most)
     if len(body) > most:
         raise _Unfit(Reason.TOO_LARGE, f"the body takes more than {most} bytes, the most that are read")
+    message = bulk.read(body, dict(envelope.headers)) if is_packet else _read_message(envelope, body)
+    left = _seconds(envelope.headers, "expires")
+    if left is not None and left <= 0:
+        raise _Unfit(Reason.EXPIRED, f"it expired at {envelope.headers['expires']}, before it was handled")
+    return message
+
+
+def _read_message(envelope: Envelope, body: bytes) -> Message[Any]:
     try:
         parts = load(body)
     except (ValueError, RecursionError) as exc:
@@ -126,11 +174,7 @@ def _read(envelope: Envelope, limit: int) -> Message[Any]:
     if not isinstance(parts, list) or len(parts) != 3:
         came = f"{len(parts)} of them" if isinstance(parts, list) else type(parts).__name__
         raise _Unfit(Reason.MALFORMED, f"the body must be a list of 3: args, kwargs and embed, got {came}")
-    message = wire.read(dict(envelope.headers), parts[0], parts[1])
-    left = _seconds(envelope.headers, "expires")
-    if left is not None and left <= 0:
-        raise _Unfit(Reason.EXPIRED, f"it expired at {envelope.headers['expires']}, before it was handled")
-    return message
+    return wire.read(dict(envelope.headers), parts[0], parts[1])
 
 
 def _inflate(body: bytes, compression: object, limit: int) -> bytes:
@@ -177,7 +221,11 @@ def _topic(headers: Mapping[str, Any]) -> str | None:
 
 def _index(headers: Mapping[str, Any]) -> str | None:
     own = headers.get(wire.HEADER)
+    return _checked(own.get("index")) if isinstance(own, dict) else None
+
+
+def _checked(index: object) -> str | None:
     try:
-        return check_index(own.get("index")) if isinstance(own, dict) else None
+        return check_index(index)
     except MessageError:
         return None

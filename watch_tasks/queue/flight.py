@@ -13,6 +13,7 @@ Keys, each under the prefix:
 | `watch.held:<holder>` | hash: number → the list it came from, and the item |
 | `watch.looked` | when somebody last looked for leases that are over |
 | `<queue>␆␖later` | sorted set: items of this queue that are not due yet |
+| `<queue>␆␖besides` | how many messages wait in this queue besides one for each item: those of packets |
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from uuid import uuid4
 import redis
 from redis.exceptions import NoScriptError
 
-__all__ = ["EVERY", "LEASE", "Fetched", "Flight", "Item", "later_key", "later_words"]
+__all__ = ["EVERY", "LEASE", "Fetched", "Flight", "Item", "besides_key", "later_key", "later_words", "push_words"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ _MOST_ITEMS: Final = 100
 _MOST_BYTES: Final = 8 * 1024 * 1024
 #: What kombu puts between the name of a queue and its priority; a priority is a number, so this is no list of kombu's.
 _LATER: Final = "\x06\x16later"
+_BESIDES: Final = "\x06\x16besides"
 
 #: Past a client's own method: kombu's adds its prefix to some keys, and ours have it.
 _execute: Final[Callable[..., Any]] = redis.Redis.execute_command
@@ -78,6 +80,7 @@ class Script:
 _fetch: Final = Script("fetch")
 _back: Final = Script("back")
 _later: Final = Script("later")
+_push: Final = Script("push")
 _tend: Final = Script("tend")
 
 
@@ -109,6 +112,19 @@ class Fetched(NamedTuple):
 def later_key(queue: str, prefix: str = "") -> str:
     """Return the key of what is due later in a queue."""
     return f"{prefix}{queue}{_LATER}"
+
+
+def besides_key(queue: str, prefix: str = "") -> str:
+    """Return the key of how many messages wait in a queue besides one for each item.
+
+    It means nothing where no item waits.
+    """
+    return f"{prefix}{queue}{_BESIDES}"
+
+
+def push_words(list_key: str, raw: bytes) -> tuple[Any, ...]:
+    """Return what EVAL is called with to add a packet to a list, its messages counted."""
+    return (_push.text, 1, list_key, raw)
 
 
 def later_words(later: str, list_key: str, raw: bytes, delay: float) -> tuple[Any, ...]:

@@ -19,12 +19,15 @@ from redis.exceptions import NoScriptError
 
 from ..errors import QueueClosedError, QueueUnavailableError, SendFailedError, SendUnknownError
 from ..message import Message
+from ..packets import Packet
 from ..storage.redis_client import mask, open_client
 from .base import Delivery, Queue, Unreadable
 from .broker import TROUBLE, broker_url, check_url, send_error, transport_options
-from .envelope import MAX_PAYLOAD, pack, unpack
-from .flight import EVERY, LEASE, Fetched, Flight, Item, later_key, later_words
+from .counting import clear_waiting, count_waiting
+from .envelope import MAX_PAYLOAD, pack, pack_packet, unpack
+from .flight import EVERY, LEASE, Fetched, Flight, Item, later_key, later_words, push_words
 from .item import due_at, envelope_of, make_item, open_item, without_eta
+from .opened import OpenPacket
 
 __all__ = ["RedisQueue", "broker_url", "open_url", "send_error", "transport_options"]
 
@@ -41,9 +44,10 @@ _CLIENT_OPTIONS: Final = ("socket_timeout", "socket_connect_timeout", "health_ch
 
 class _Delivery(Delivery):
     def __init__(
-        self, flight: Flight, item: Item, message: Message[Any] | Unreadable, back: Callable[[float], None]
+        self, flight: Flight, item: Item, message: Message[Any] | Unreadable | None, back: Callable[[float], None]
     ) -> None:
-        self.message = message
+        if message is not None:  # else a packet, of which its members alone are told
+            self.message = message
         self._flight, self._number, self._back = flight, item.number, back
 
     def ack(self) -> None:
@@ -91,13 +95,15 @@ class RedisQueue(Queue):
         self._later = later_key(queue, prefix)
         self._prefix = prefix
         self._lease, self._every = float(options.get("lease", LEASE)), float(options.get("renew_every", EVERY))
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._closed = threading.Event()
         check_url(broker_url(url))
         self._client = open_client(self._url)
         self._reading = threading.RLock()
         self._reader: _Reader | None = None
         self._flight: Flight | None = None
+        #: The packet whose members are handed out now.
+        self._opened: OpenPacket | None = None
         #: Those of lost connections, until what came by them is settled.
         self._retired: WeakSet[Flight] = WeakSet()
 
@@ -107,18 +113,26 @@ class RedisQueue(Queue):
     # -- sending
 
     def push(self, message: Message[Any], *, delay: float = 0.0, bounded: bool = True) -> None:
-        envelope = pack(message, limit=self._max_payload if bounded else None)
+        envelope = pack(message, limit=self.max_payload if bounded else None)
         item = make_item(envelope, self.name, message.id)
+        if delay > 0:
+            self._publish(lambda: self._client.eval(*later_words(self._later, self._list, item, delay)), message)
+        else:
+            self._publish(lambda: self._client.lpush(self._list, item), message)
+
+    def push_packet(self, packet: Packet, *, delay: float = 0.0) -> None:
+        item = make_item(pack_packet(packet), self.name, packet.id)
+        words = later_words(self._later, self._list, item, delay) if delay > 0 else push_words(self._list, item)
+        self._publish(lambda: self._client.eval(*words), packet)
+
+    def _publish(self, send: Callable[[], Any], sent: Message[Any] | Packet) -> None:
         self._check_open()
 
         def publish() -> None:
             try:
-                if delay > 0:
-                    self._client.eval(*later_words(self._later, self._list, item, delay))
-                else:
-                    self._client.lpush(self._list, item)
+                send()
             except TROUBLE as exc:
-                raise send_error(exc, message) from exc
+                raise send_error(exc, sent) from exc
 
         try:
             publish()
@@ -131,18 +145,14 @@ class RedisQueue(Queue):
 
     def len(self) -> int:
         with self._asking() as client:
-            pipeline = client.pipeline(transaction=False).zcard(self._later)
-            for key in self._lists:
-                pipeline.llen(key)
-            return sum(map(int, pipeline.execute()))
+            opened = self._opened
+            return count_waiting(client, self.name, self._lists, self._prefix) + (len(opened) if opened else 0)
 
     def clear(self) -> int:
         with self._asking() as client:
-            pipeline = client.pipeline().zcard(self._later)
-            for key in self._lists:
-                pipeline.llen(key)
-            pipeline.delete(self._later, *self._lists)
-            return sum(map(int, pipeline.execute()[:-1]))
+            opened = self._opened
+            count = clear_waiting(client, self.name, self._lists, self._prefix)
+            return count + (opened.clear() if opened else 0)
 
     # -- receiving
 
@@ -152,11 +162,11 @@ class RedisQueue(Queue):
             while True:
                 self._check_open()
                 left = _SLICE if end is None else end - time.monotonic()
-                delivery = self._receive(min(max(left, 0.01), _SLICE))
+                delivery = self._next_opened() or self._receive(min(max(left, 0.01), _SLICE))
                 if delivery or self._closed.is_set() or (end is not None and time.monotonic() >= end):
                     return delivery
 
-    def _receive(self, seconds: float) -> _Delivery | None:
+    def _receive(self, seconds: float) -> Delivery | None:
         """Wait once at the server; return what came, unless it has to wait there."""
         try:
             if self._flight is None:
@@ -172,16 +182,26 @@ class RedisQueue(Queue):
                 if due is not None and due > fetched.now:
                     self._flight.later(item, without_eta(payload), self._later, due=due)
                     continue
-                message, _ = unpack(envelope_of(payload), limit=self._max_payload)
+                found, _ = unpack(envelope_of(payload), limit=self.max_payload)
                 # A time that is over says nothing any more, and would be waited for by another clock.
                 raw = item.raw if due is None else without_eta(payload)
-                delivery = _Delivery(self._flight, item, message, partial(self._back, self._flight, item, raw))
+                back = partial(self._back, self._flight, item, raw)
+                delivery = _Delivery(self._flight, item, None if isinstance(found, Packet) else found, back)
                 self._flight.keep(item.number, delivery)
-                return delivery
+                if not isinstance(found, Packet):
+                    return delivery
+                self._opened = OpenPacket(found, delivery, self, self.max_payload)
+                return self._next_opened()
         except TROUBLE as exc:
             self._drop_reader()
             raise self._unavailable(exc) from exc
         return None
+
+    def _next_opened(self) -> Delivery | None:
+        delivery = self._opened.next() if self._opened else None
+        if not self._opened:
+            self._opened = None  # it is kept by its members that are in hand, and by nothing else
+        return delivery
 
     def _back(self, flight: Flight, item: Item, raw: bytes, delay: float) -> None:
         try:
@@ -201,9 +221,16 @@ class RedisQueue(Queue):
 
     # -- life
 
+    def release(self) -> None:
+        with self._asking():
+            if self._opened:
+                self._opened.release()
+
     def close(self) -> None:
         self._closed.set()
         with self._reading:
+            if self._opened:
+                self._opened.forget()
             if self._reader is not None:
                 self._reader.close()
                 self._reader = None

@@ -21,6 +21,7 @@ __all__ = [
     "HEADER",
     "PREFIX",
     "arguments",
+    "aware",
     "bytes_id",
     "check_headers",
     "headers",
@@ -178,7 +179,7 @@ def read(fields: dict[str, Any], args: Any, keywords: Any) -> Message[Any]:
         max_retries=keywords.get("max_retries"),
         once=keywords.get("once"),
         handled=header.handled,
-        sent_at=_aware(header.sent_at) or datetime.now(UTC),
+        sent_at=aware(header.sent_at) or datetime.now(UTC),
         copy=header.copy,
     )
 
@@ -193,6 +194,6 @@ def bytes_id(raw: bytes) -> str:
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def _aware(time: datetime | None) -> datetime | None:
+def aware(time: datetime | None) -> datetime | None:
     """Return a time that names no zone as UTC, which is what Celery's own times mean."""
     return time.replace(tzinfo=UTC) if time and time.tzinfo is None else time

@@ -19,7 +19,9 @@ from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from ..queue.flight import EVERY, LEASE, Flight, Item, later_key, later_words
+from ..queue import bulk
+from ..queue.counting import clear_waiting, count_waiting
+from ..queue.flight import EVERY, LEASE, Flight, Item, besides_key, later_key, later_words, push_words
 from ..queue.item import due_at, open_item, without_eta
 from .bounded import bound_decoders
 from .codec import ForgivingBase64
@@ -355,12 +357,16 @@ class Channel(stock.Channel):
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
         due = due_at(message["headers"] or {})
         delay = 0.0 if due is None else due - time.time()
-        if delay <= 0:
+        is_packet = bulk.is_bulk((message["headers"] or {}).get("task"))
+        if delay <= 0 and not is_packet:
             super()._put(queue, message, **kwargs)
             return
-        # How long is told, not until when: the server's clock decides.
         key = self.global_keyprefix + self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
-        words = later_words(later_key(queue, self.global_keyprefix), key, without_eta(message), delay)
+        if delay <= 0:
+            words = push_words(key, without_eta(message))
+        else:
+            # How long is told, not until when: the server's clock decides.
+            words = later_words(later_key(queue, self.global_keyprefix), key, without_eta(message), delay)
         batch = kwargs.get("_publish_batch")
         if batch is not None:
             batch.add("eval", *words)
@@ -370,20 +376,16 @@ class Channel(stock.Channel):
 
     # -- the queue as a whole
 
-    def count_later(self, queue: str) -> int:
-        """Return how many messages of a queue are not due yet."""
-        return int(self._plain().zcard(later_key(queue, self.global_keyprefix)))
+    def count_waiting(self, queue: str) -> int:
+        """Return how many messages wait in a queue, those in packets and those that are not due yet included."""
+        return count_waiting(self._plain(), queue, self._keys([queue]), self.global_keyprefix)
 
     def _purge(self, queue: str) -> int:
-        later = later_key(queue, self.global_keyprefix)
-        client = self._plain()
-        count = int(client.zcard(later))
-        client.delete(later)
-        return int(super()._purge(queue)) + count
+        return clear_waiting(self._plain(), queue, self._keys([queue]), self.global_keyprefix)
 
     def _delete(self, queue: str, exchange: str, routing_key: str, pattern: str, *args: Any, **kwargs: Any) -> None:
         super()._delete(queue, exchange, routing_key, pattern, *args, **kwargs)
-        self._plain().delete(later_key(queue, self.global_keyprefix))
+        self._plain().delete(later_key(queue, self.global_keyprefix), besides_key(queue, self.global_keyprefix))
 
     def close(self) -> None:
         self._closing = True

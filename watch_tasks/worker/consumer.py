@@ -50,7 +50,7 @@ class WatchConsumer(Consumer):
         self.runtime.name_worker(hostname)
         _check(app, pool, self.runtime)
         topics = list(registry)
-        bound_decoders(self.runtime.settings.max_payload + _ENVELOPE)
+        bound_decoders(bulk.most_bytes(self.runtime.settings.max_payload))
         leases = transport_leases(app.conf, self.runtime.settings)
         if leases is not None:
             app.conf.broker_transport_options = leases
@@ -160,7 +160,7 @@ class WatchConsumer(Consumer):
             return False
         size, limit = len(message.body), self.runtime.settings.max_payload
         try:
-            if size > limit + _ENVELOPE:
+            if size > (bulk.most_bytes(limit) if bulk.is_bulk(task) else limit + _ENVELOPE):
                 raise TooLargeError(topic, size, limit)
             if bulk.is_bulk(task):
                 _read_packet(message)

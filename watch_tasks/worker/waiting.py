@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+from amqp.exceptions import AMQPError
 from celery import Celery
-from kombu.exceptions import KombuError
 
 from ..errors import QueueFullError
 from ..message import Message
-from ..queue.redis import send_error
+from ..queue.broker import TROUBLE, send_error
 from ..topics import Topic
 
 __all__ = ["count_waiting", "wait_for_room"]
@@ -22,21 +22,21 @@ _PAUSES: Final = (0.02, 0.5)
 def count_waiting(connection: Any, queue: str) -> int:
     """Return how many messages wait in a queue, those with a delay included; those that workers hold are not.
 
-    RabbitMQ keeps delays where they cannot be counted: there, those are not included.
+    RabbitMQ tells how many envelopes wait, and keeps delays elsewhere: there, a packet counts as one, and what is
+    delayed as none.
 
     Args:
         connection: kombu's, connected.
         queue: the queue's name.
     """
-    later = 0
     try:
         with connection.channel() as channel:
-            if hasattr(channel, "count_later"):
-                later = channel.count_later(queue)
-            return later + int(channel.queue_declare(queue=queue, passive=True).message_count)
+            if hasattr(channel, "count_waiting"):
+                return int(channel.count_waiting(queue))
+            return int(channel.queue_declare(queue=queue, passive=True).message_count)
     except connection.channel_errors:
-        # 404: nobody has declared it yet; on Redis that is what an empty queue is.
-        return later
+        # 404: nobody has declared it yet.
+        return 0
 
 
 def wait_for_room(app: Celery, topic: Topic[Any], message: Message[Any], seconds: float) -> None:
@@ -64,5 +64,5 @@ def wait_for_room(app: Celery, topic: Topic[Any], message: Message[Any], seconds
                     )
                 time.sleep(min(pause, left))
                 pause = min(pause * 2, longest)
-    except (KombuError, OSError) as exc:
+    except (*TROUBLE, AMQPError) as exc:
         raise send_error(exc, message) from exc

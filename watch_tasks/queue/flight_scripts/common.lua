@@ -10,6 +10,21 @@ local NOW = time[1] * 1000 + math.floor(time[2] / 1000)
 -- Never `tostring`: it keeps only 14 digits.
 local function digits(number) return string.format('%.0f', number) end
 
+-- How many messages an item holds besides its first: a packet's header says how many it has in all.
+local function besides(item)
+  local at = string.find(item, '"watch._bulk"', 1, true)
+  local count = at and tonumber(string.match(item, '"messages": ?(%d+)', at)) or 1
+  return math.max(count, 1) - 1
+end
+
+-- Keep count of what packets add to the number of items in a queue, those that are not due yet included. Items that
+-- others than these scripts bring or take are not counted: the count begins anew when the queue is empty.
+local function count_besides(list, number)
+  if number == 0 then return end
+  local key = string.gsub(list, '\6\22%d+$', '') .. '\6\22besides'
+  if redis.call('INCRBY', key, digits(number)) <= 0 then redis.call('DEL', key) end
+end
+
 -- Put items back into their lists: at the head, where the next is taken, oldest first; or at the tail.
 local function put_back(held, numbers, at, mark)
   table.sort(numbers, function(one, other) return tonumber(one) > tonumber(other) end)
@@ -22,6 +37,7 @@ local function put_back(held, numbers, at, mark)
       local item = string.sub(kept, 3 + #list)
       if string.find(item, '} *$') then item = item .. mark end
       redis.call(at, list, item)
+      count_besides(list, besides(item))
       count = count + 1
     end
   end

@@ -10,7 +10,7 @@ local holder, lease, room, first, most, lists =
 
 for at = 7, #ARGV, 1000 do redis.call('HDEL', HELD, unpack(ARGV, at, math.min(at + 999, #ARGV))) end
 
-local due = -1
+local due, empty = -1, {}
 for place = 3 + lists, #KEYS do
   local later = KEYS[place]
   if room > 0 then
@@ -21,6 +21,7 @@ for place = 3 + lists, #KEYS do
     end
   end
   local soonest = redis.call('ZRANGE', later, 0, 0, 'WITHSCORES')[2]
+  if not soonest then empty[#empty + 1] = later end
   if soonest and (due < 0 or tonumber(soonest) < due) then due = tonumber(soonest) end
 end
 
@@ -31,6 +32,7 @@ for place = 3, 2 + lists do
     local item = redis.call('RPOP', KEYS[place])
     if not item then break end
     redis.call('HSET', HELD, digits(first + count), struct.pack('>Hc0', #KEYS[place], KEYS[place]) .. item)
+    count_besides(KEYS[place], -besides(item))
     count, bytes = count + 1, bytes + #item
     answer[#answer + 1], answer[#answer + 2] = place - 3, item
   end
@@ -44,5 +46,9 @@ end
 if count < room then
   -- Read, so that the server tells this connection when something is added.
   for place = 3, 2 + lists do redis.call('EXISTS', KEYS[place]) end
+  -- Where nothing waits at all, a count that is left over is wrong.
+  if bytes < most then
+    for _, later in ipairs(empty) do redis.call('DEL', (string.gsub(later, 'later$', 'besides'))) end
+  end
 end
 return answer

@@ -7,4 +7,6 @@
 if KEYS[2] and redis.call('HDEL', KEYS[2], ARGV[4]) == 0 then return 0 end
 local due = ARGV[2] == '' and tonumber(ARGV[1]) or NOW + tonumber(ARGV[2])
 redis.call('ZADD', KEYS[1], digits(due), ARGV[3])
+local list = struct.unpack('>Hc0', ARGV[3], 17)
+count_besides(list, besides(string.sub(ARGV[3], 19 + #list)))
 return 1
