@@ -53,6 +53,9 @@ def queue(reopen: Callable[[], Queue]) -> Iterator[Queue]:
 
 
 class TestAmqpQueue(QueueSuite):
+    takes_packets = True
+    counts_in_packets = False
+
     @pytest.fixture
     def reopen(self, rabbit: RabbitServer) -> Callable[[], Queue]:
         name = uuid4().hex

@@ -52,6 +52,8 @@ def app(valkey: RedisServer) -> Iterator[Celery]:
 
 
 class TestRedisQueue(QueueSuite):
+    takes_packets = True
+
     @pytest.fixture
     def queue(self, valkey: RedisServer) -> Iterator[RedisQueue]:
         with RedisQueue(valkey.url) as queue:
@@ -63,6 +65,8 @@ class TestRedisQueue(QueueSuite):
 
 
 class TestRedisQueueOnRedis(QueueSuite):
+    takes_packets = True
+
     @pytest.fixture
     def queue(self, redis_server: RedisServer) -> Iterator[RedisQueue]:
         with RedisQueue(redis_server.url) as queue:

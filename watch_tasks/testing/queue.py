@@ -11,16 +11,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from ..errors import QueueClosedError, QueueFullError
 from ..message import Message
+from ..outcome import Reason
+from ..packets import Member, More, Packet, member_of
 from ..queue.base import Delivery, Queue, Unreadable
+from ..schema import dump
+from ..topics import Topic
 
 __all__ = ["QueueSuite"]
 
@@ -39,6 +45,10 @@ class QueueSuite:
     survives_restart: ClassVar[bool] = True
     #: Whether the fixture `bounded` gives a queue that takes 3 messages and refuses a fourth at once.
     is_bounded: ClassVar[bool] = False
+    #: Whether it takes and reads packets: many messages that travel as one.
+    takes_packets: ClassVar[bool] = False
+    #: Whether `len` counts what is in packets that nobody opened yet; else a packet counts as one.
+    counts_in_packets: ClassVar[bool] = True
 
     @pytest.fixture
     def queue(self) -> Any:
@@ -58,6 +68,13 @@ class QueueSuite:
         if self.is_bounded:
             raise NotImplementedError("a suite whose queue has a bound needs a fixture `bounded`")
         pytest.skip("promise not made: is_bounded")
+
+    @pytest.fixture
+    def packets(self, queue: Any) -> Any:
+        """The queue, where it takes packets."""
+        if not self.takes_packets:
+            pytest.skip("promise not made: takes_packets")
+        return queue
 
     # -- messages
 
@@ -204,6 +221,146 @@ class QueueSuite:
             queue.push(Message(2, "alarm"))
         assert waiting.delivery is not None
         assert queue.len() == 0
+
+    # -- packets
+
+    def test_each_message_of_a_packet_arrives_as_it_was_sent(self, packets: Any) -> None:
+        sent = [
+            Message({"n": [1, None]}, "alarm", index="straße/☃"),
+            Message("bare", "alarm"),
+            Message(3, "alarm", retries=2, max_retries=5, once="index", handled=("notify",), copy=3),
+        ]
+        packets.push_packet(_packet(sent))
+        assert [_take(packets) for _ in sent] == sent
+        assert packets.len() == 0
+        assert packets.next(timeout=MOMENT) is None
+
+    def test_a_topic_bound_to_the_queue_sends_packets(self, packets: Any) -> None:
+        topic: Topic[Any] = Topic("alarm")
+        topic.bind(packets)
+        assert topic.send_many(range(600)).sent == 600
+        assert packets.len() == (600 if self.counts_in_packets else 3)
+        assert [_take(packets).data for _ in range(600)] == list(range(600))
+
+    def test_packets_and_messages_come_in_the_order_they_were_pushed(self, packets: Any) -> None:
+        packets.push(Message(0, "alarm"))
+        packets.push_packet(_packet([Message(1, "alarm"), Message(2, "alarm")]))
+        packets.push(Message(3, "alarm"))
+        assert [_take(packets).data for _ in range(4)] == [0, 1, 2, 3]
+
+    def test_an_empty_packet_is_nothing(self, packets: Any) -> None:
+        packets.push_packet(_packet([]))
+        packets.push(Message(1, "alarm"))
+        assert _take(packets).data == 1
+        assert packets.next(timeout=MOMENT) is None
+        assert packets.len() == 0
+
+    def test_len_counts_the_messages_of_a_packet(self, packets: Any) -> None:
+        packets.push_packet(_packet([Message(number, "alarm") for number in range(5)]))
+        assert packets.len() == (5 if self.counts_in_packets else 1)
+        deliveries = [_next(packets)]
+        assert packets.len() == 4
+        deliveries += [_next(packets) for _ in range(4)]
+        assert packets.len() == 0
+        assert packets.next(timeout=MOMENT) is None
+
+    def test_a_member_that_is_handed_back_comes_as_a_message_of_its_own(self, packets: Any) -> None:
+        sent = [Message(number, "alarm", index=f"i{number}", copy=number) for number in range(3)]
+        packets.push_packet(_packet(sent))
+        started = time.monotonic()
+        for number in range(3):
+            delivery = _next(packets)
+            if number == 1:
+                delivery.back(DELAY)
+            delivery.ack()
+
+        assert packets.len() == 1
+        assert _take(packets) == sent[1]
+        assert time.monotonic() - started >= DELAY
+        assert packets.next(timeout=MOMENT) is None
+
+    def test_a_member_that_was_acked_cannot_be_handed_back(self, packets: Any) -> None:
+        packets.push_packet(_packet([Message(1, "alarm"), Message(2, "alarm")]))
+        first, second = _next(packets), _next(packets)
+        first.ack()
+        first.back()
+        second.ack()
+        second.ack()
+        assert packets.next(timeout=MOMENT) is None
+        assert packets.len() == 0
+
+    def test_a_member_that_is_no_message_comes_with_its_bytes_and_keeps_no_other_back(self, packets: Any) -> None:
+        members = [
+            Member("x" * 256, "", msgspec.Raw(b"1")),
+            Member("m1", "a\nb", msgspec.Raw(b"2")),
+            Member("m2", "", msgspec.Raw(b"3"), More(max_retries=-1)),
+            Member("m3", "", msgspec.Raw(b"4")),
+        ]
+        packets.push_packet(Packet("alarm", members))
+
+        deliveries = [_next(packets) for _ in members]
+
+        *bad, good = [delivery.message for delivery in deliveries]
+        assert isinstance(good, Message)
+        assert (good.id, good.data) == ("m3", 4)
+        assert [(one.reason, one.topic, one.raw) for one in bad if isinstance(one, Unreadable)] == [
+            (Reason.MALFORMED, "alarm", raw) for raw in (b"1", b"2", b"3")
+        ]
+        assert [one.id for one in bad[1:]] == ["m1", "m2"]
+        assert 0 < len(bad[0].id) <= 255
+        for delivery in deliveries:
+            delivery.ack()
+        assert packets.next(timeout=MOMENT) is None
+
+    def test_a_member_that_is_no_message_can_be_handed_back(self, packets: Any) -> None:
+        packets.push_packet(Packet("alarm", [Member("m1", "a\nb", msgspec.Raw(b"2")), _member(Message(1, "alarm"))]))
+        first = _next(packets)
+        first.back(DELAY)
+        assert _take(packets).data == 1
+        again = _next(packets)
+        assert again.message == first.message
+        again.ack()
+
+    def test_a_packet_comes_again_where_a_member_was_not_acked(self, packets: Any, reopen: Callable[[], Queue]) -> None:
+        packets.push_packet(_packet([Message(number, "alarm") for number in range(4)]))
+        first, _second = _next(packets), _next(packets)
+        first.ack()
+        packets.close()
+        with reopen() as again:
+            assert [_take(again).data for _ in range(4)] == [0, 1, 2, 3]
+            assert again.next(timeout=MOMENT) is None
+
+    def test_what_was_not_handed_out_is_left_to_others(self, packets: Any, reopen: Callable[[], Queue]) -> None:
+        packets.push_packet(_packet([Message(number, "alarm") for number in range(4)]))
+        first = _next(packets)
+        packets.release()
+        packets.release()
+        with reopen() as other:
+            assert [_take(other).data for _ in range(3)] == [1, 2, 3]
+            first.ack()
+            assert other.next(timeout=MOMENT) is None
+        assert packets.len() == 0
+
+    def test_clear_throws_away_what_is_in_packets(self, packets: Any, reopen: Callable[[], Queue]) -> None:
+        packets.push_packet(_packet([Message(number, "alarm") for number in range(3)]))
+        first = _next(packets)
+        packets.push_packet(_packet([Message(number, "alarm") for number in range(3)]))
+
+        assert packets.clear() == (5 if self.counts_in_packets else 3)
+
+        assert packets.len() == 0
+        assert packets.next(timeout=MOMENT) is None
+        first.ack()
+        packets.close()
+        with reopen() as again:
+            assert again.next(timeout=MOMENT) is None
+
+    def test_a_closed_queue_takes_no_packets(self, packets: Any) -> None:
+        packets.close()
+        with pytest.raises(QueueClosedError):
+            packets.push_packet(_packet([Message(1, "alarm")]))
+        with pytest.raises(QueueClosedError):
+            packets.release()
 
     # -- counting and clearing
 
@@ -353,6 +510,16 @@ class QueueSuite:
                 queue.push(Message(number, "alarm"))
             got = [_take(reader).data for _ in range(5) for reader in (queue, other)]
         assert sorted(got) == list(range(10))
+
+
+def _packet(messages: Sequence[Message[Any]]) -> Packet:
+    packet = Packet("alarm", [])
+    packet.members += [_member(message, packet.sent_at) for message in messages]
+    return packet
+
+
+def _member(message: Message[Any], sent_at: datetime | None = None) -> Member:
+    return member_of(message, dump(message.data), sent_at)
 
 
 class _in_thread:
