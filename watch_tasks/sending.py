@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, 
 import msgspec
 from msgspec.structs import replace
 
-from .errors import MessageError, QueueFullError, SendError, SendUnknownError, TooLargeError
+from .errors import MessageError, QueueClosedError, QueueFullError, SendError, SendUnknownError, TooLargeError
 from .message import Message, Once
-from .packets import MOST_BYTES, MOST_MEMBERS, Member, Packet, member_of, new_ids
+from .packets import MOST_BYTES, MOST_MEMBERS, Member, Packet, member_of, new_ids, read_member
 from .schema import dump
 
 if TYPE_CHECKING:
@@ -31,8 +31,11 @@ __all__ = ["Outlet", "PacketOutlet", "SendReport", "Sender", "Verdict", "send_al
 
 T = TypeVar("T")
 
-#: Bytes of a packet that a member takes beside its index and its data: its id, quotes and commas.
-_BESIDES: Final = 64
+#: Bytes of a packet that a member takes beside its id, its index, its data and its rules: brackets, quotes and commas.
+_BESIDES: Final = 16
+
+#: Senders with messages that wait: those are sent, whether or not anybody else still knows the sender.
+_busy: Final[set[Sender[Any]]] = set()
 
 
 class Outlet(Protocol):
@@ -87,7 +90,7 @@ class Sender(Generic[T]):
 
     Raises:
         SendFailedError: from `send`, `flush` and `close`: the broker could not be reached, now or since the last call.
-            The messages concerned had the verdict REFUSED, and may be sent again.
+            The messages concerned had the verdict REFUSED, and may be sent again; so had the one that was given.
     """
 
     def __init__(
@@ -117,7 +120,8 @@ class Sender(Generic[T]):
         self._bytes = 0
         self._since = 0.0
         self._sent_at = datetime.now(UTC)
-        self._error: SendError | None = None
+        #: What went wrong since the last call.
+        self._error: Exception | None = None
         self._is_closed = False
         self._thread: threading.Thread | None = None
         if linger is not None:
@@ -147,7 +151,9 @@ class Sender(Generic[T]):
         with self._lock:
             if self._is_closed:
                 raise ValueError(f"this sender of topic `{self._topic.name}` is closed: make a new one")
-            self._raise()
+            if self._error:
+                self._refuse(data)
+                self._raise()
             if not self._members:
                 self._sent_at = datetime.now(UTC)
             try:
@@ -188,7 +194,7 @@ class Sender(Generic[T]):
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         try:
             self.close()
-        except SendError:
+        except Exception:
             if kind is None:
                 raise
 
@@ -222,13 +228,13 @@ class Sender(Generic[T]):
         return plain
 
     def _refuse(self, data: T | Message[T]) -> None:
-        # Its index is unusable: name it by its id, so that the callback has a message to look at.
-        if isinstance(data, Message):
-            data = data.data
-        self._note(Message(data, self._topic.name, index="?") if self._on_verdict else None, Verdict.REFUSED)
+        if not isinstance(data, Message) and self._on_verdict:
+            # Its own index may be unusable: the callback has a message to look at all the same.
+            data = Message(data, self._topic.name, index="?")
+        self._note(data if isinstance(data, Message) else None, Verdict.REFUSED)
 
     def _add(self, member: Member, size: int, message: Message[T] | None) -> None:
-        size += _BESIDES + len(member.index if member.index.isascii() else member.index.encode())
+        size += _BESIDES + len(member.id) + len(member.index if member.index.isascii() else member.index.encode())
         if member.more is not None:
             size += len(msgspec.json.encode(member.more))
         if self._members and self._bytes + size > MOST_BYTES:
@@ -237,7 +243,7 @@ class Sender(Generic[T]):
         self._bytes += size
         if message is not None and self._on_verdict:
             self._messages.append(message)
-        if len(self._members) >= self._size or self._bytes >= MOST_BYTES:
+        if len(self._members) >= self._size or self._bytes >= MOST_BYTES or self._linger == 0:
             self._flush()
         elif len(self._members) == 1:
             self._since = time.monotonic()
@@ -252,6 +258,12 @@ class Sender(Generic[T]):
             self._note(message, Verdict.REFUSED)
         except SendUnknownError:
             self._note(message, Verdict.UNKNOWN)
+        except (SendError, QueueClosedError):
+            self._note(message, Verdict.REFUSED)
+            raise
+        except BaseException:
+            self._note(message, Verdict.UNKNOWN)
+            raise
         else:
             self._note(message, Verdict.SENT)
 
@@ -259,20 +271,28 @@ class Sender(Generic[T]):
         if not self._members:
             return
         packet = Packet(self._topic.name, self._members, sent_at=self._sent_at)
-        messages: list[Message[T]] | list[None] = self._messages if self._on_verdict else [None] * len(self._members)
+        messages = self._messages
         self._members, self._messages, self._bytes = [], [], 0
+        # Unless something is known: whatever interrupted it, it was sent, or it was not.
+        verdict, error = Verdict.UNKNOWN, None
         try:
-            cast(PacketOutlet, self._outlet).push_packet(packet)
-        except SendUnknownError:
-            verdict = Verdict.UNKNOWN
-        except SendError as exc:
-            verdict = Verdict.REFUSED
-            if not isinstance(exc, QueueFullError):
-                self._error = exc
-        else:
+            if len(packet.members) == 1:
+                # One that goes alone goes as what it is: Flower shows its topic and its index.
+                self._outlet.push(read_member(packet.members[0], packet.topic, packet.sent_at))
+            else:
+                cast(PacketOutlet, self._outlet).push_packet(packet)
             verdict = Verdict.SENT
-        for message in messages:
-            self._note(message, verdict)
+        except SendUnknownError:
+            pass
+        except (SendError, QueueClosedError) as exc:
+            verdict, error = Verdict.REFUSED, None if isinstance(exc, QueueFullError) else exc
+        finally:
+            _busy.discard(self)
+            self._counts[verdict] += len(packet.members)
+            if self._on_verdict:
+                for message in messages:
+                    self._on_verdict(message, verdict)
+            self._error = error or self._error
 
     def _note(self, message: Message[T] | None, verdict: Verdict) -> None:
         self._counts[verdict] += 1
@@ -289,6 +309,7 @@ class Sender(Generic[T]):
     def _watch(self) -> None:
         if self._linger is None:
             return
+        _busy.add(self)
         if self._thread is None or not self._thread.is_alive():
             # Refers weakly: a sender that nobody closed must not be kept by its own thread.
             self._thread = threading.Thread(
@@ -304,7 +325,10 @@ class Sender(Generic[T]):
         left = self._since + (self._linger or 0.0) - time.monotonic()
         if left > 0:
             return left
-        self._flush()
+        try:
+            self._flush()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the next call tells of it
+            self._error = exc
         return None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from ..sending import Verdict
 from ..topics import Topic, check_topic
 from .lines import Complain, parse, reading
 from .output import emit, note
+from .pace import Pace, Stop
 
 if TYPE_CHECKING:
     from .program import Program
@@ -44,41 +47,56 @@ class Counts:
     refused: int = 0
     unknown: int = 0
     started: float = field(default_factory=time.monotonic)
+    #: Verdicts come in the sender's thread too.
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, verdict: Verdict) -> None:
         """Count one line."""
-        setattr(self, verdict.value, getattr(self, verdict.value) + 1)
+        with self.lock:
+            setattr(self, verdict.value, getattr(self, verdict.value) + 1)
 
     def told(self) -> str:
         """Return them in a few words."""
         return f"{self.sent:,} sent, {self.refused:,} refused"
 
 
-def send_lines(program: Program, source: IO[bytes], route: Route, *, dry_run: bool) -> Counts:
+def send_lines(
+    program: Program, source: IO[bytes], route: Route, *, dry_run: bool, rate: float | None = None
+) -> Counts:
     """Send every line of `source`; print bad lines to stderr and the counts to stdout, however it ends.
+
+    Lines that follow each other closely go many at a time; one that nothing follows waits a moment only.
 
     Args:
         program: what to send through.
         source: JSON lines. Empty ones are passed over.
         route: how they become messages.
         dry_run: check them only; `sent` counts those that would be.
+        rate: messages a second at most; None: as many as go.
 
     Raises:
         SendFailedError: the broker went away; the lines before were sent.
+        KeyboardInterrupt: somebody pressed Ctrl-C; every line that was read was sent, or told.
     """
     counts = Counts()
+    pace = Pace(None if dry_run else rate)
     if route.topic:
         program.topic(route.topic)  # what is wrong with its module is said before the first line is read
     try:
-        with reading(source, counts.told) as (lines, complain):
+        with reading(source, counts.told) as (lines, complain), Stop() as stop:
             reader = _Reader(program, route, counts, complain, binds=not dry_run)
-            # Runs of one topic, lazily: the order holds over topics, and a pipe is sent as it comes.
-            for topic, run in groupby(reader.messages(lines), key=reader.topic_of):
-                if dry_run:
-                    for message in run:
-                        reader.settle(message, Verdict.SENT)
-                else:
-                    topic.send_many(run, on_verdict=reader.settle)
+            try:
+                # Runs of one topic: what was read of one is sent before what follows of another.
+                for topic, run in groupby(reader.messages(stop.reading(lines, pace)), key=reader.topic_of):
+                    with nullcontext() if dry_run else topic.sender(on_verdict=reader.settle) as sender:
+                        for message in run:
+                            if sender is None:
+                                reader.settle(message, Verdict.SENT)
+                            else:
+                                sender.send(message)
+                            pace.count()
+            finally:
+                reader.end()
     finally:
         emit(
             {
@@ -125,11 +143,18 @@ class _Reader:
         """Take note of what became of a message."""
         number = self._lines.pop(message.id, 0)
         if verdict is Verdict.REFUSED:
-            self._refuse(number, "refused: too large (`watch_max_payload`), or the queue is full")
+            # What does not fit or is too large was refused before.
+            full = "" if self._topics[message.topic].max_waiting is None else " the queue is full, or"
+            self._refuse(number, f"not sent:{full} the broker could not be reached")
             return
         self._counts.note(verdict)
         if verdict is Verdict.UNKNOWN:
             self._complain(number, "the broker's answer was lost: it was sent, or it was not")
+
+    def end(self) -> None:
+        """Tell of the lines that nothing became of, because those before them ended it."""
+        while self._lines:
+            self._refuse(self._lines.popitem()[1], "not sent: a line before it ended the command")
 
     def _refuse(self, number: int, error: str) -> None:
         self._counts.note(Verdict.REFUSED)

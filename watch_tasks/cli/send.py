@@ -27,6 +27,7 @@ __all__ = ["send"]
         """echo '{"total": 3}' | watch-tasks send orders.created - --index order-17""",
         "watch-tasks send --from events.jsonl --topic-field event --index-field delivery --data-field payload",
         "tail -f app.jsonl | watch-tasks send --from - --topic log",
+        "watch-tasks send --from backlog.jsonl --topic log --rate 500",
     ),
 )
 @click.argument("topic", required=False, type=TOPIC)
@@ -40,6 +41,7 @@ __all__ = ["send"]
 @click.option("--topic-field", metavar="FIELD", help="With --from: the field of a line that names its topic.")
 @click.option("--index-field", metavar="FIELD", help="With --from: the field that is the index.")
 @click.option("--data-field", metavar="FIELD", help="With --from: the field that is the data. Default: the line.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="With --from: messages a second at most.")
 @click.option("--dry-run", is_flag=True, help="With --from: check every line and send none.")
 @with_program
 def send(
@@ -51,6 +53,7 @@ def send(
     topic_field: str | None,
     index_field: str | None,
     data_field: str | None,
+    rate: float | None,
     dry_run: bool,
     index: str | None,
     once: Once | None,
@@ -62,11 +65,14 @@ def send(
     JSON goes to TOPIC; the lines of a file go to one topic, or to those that they name.
 
     With --from, a line that cannot be sent is told on stderr as {line,error} and keeps no other line from being sent;
-    the last line of stdout counts them. Exit code 5: some lines were bad; 1: all.
+    the last line of stdout counts them. Exit code 5: some lines were bad; 1: all. Lines are sent as they come, many at
+    a time where they come fast; at Ctrl-C those that were read are still sent.
     """
     if source is None:
-        if to or topic_field or index_field or data_field or dry_run:
-            raise click.UsageError("--topic, --topic-field, --index-field, --data-field and --dry-run need --from")
+        if to or topic_field or index_field or data_field or rate or dry_run:
+            raise click.UsageError(
+                "--topic, --topic-field, --index-field, --data-field, --rate and --dry-run need --from"
+            )
         if topic is None or data is None:
             raise click.UsageError("expected a topic and its data as JSON (or - to read it from stdin), or --from")
         _send_one(program, topic, data, index, once, max_retries, delay)
@@ -76,7 +82,7 @@ def send(
     if (to is None) == (topic_field is None):
         raise click.UsageError("--from needs either --topic or --topic-field")
     route = Route(to, topic_field, index_field, data_field, once, max_retries)
-    counts = send_lines(program, source, route, dry_run=dry_run)
+    counts = send_lines(program, source, route, dry_run=dry_run, rate=rate)
     if counts.refused or counts.unknown:
         raise click.exceptions.Exit(PARTLY if counts.sent else FAILED)
 

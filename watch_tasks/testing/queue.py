@@ -225,7 +225,7 @@ class QueueSuite:
     # -- packets
 
     def test_each_message_of_a_packet_arrives_as_it_was_sent(self, packets: Any) -> None:
-        sent = [
+        sent: list[Message[Any]] = [
             Message({"n": [1, None]}, "alarm", index="straße/☃"),
             Message("bare", "alarm"),
             Message(3, "alarm", retries=2, max_retries=5, once="index", handled=("notify",), copy=3),
