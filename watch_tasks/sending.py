@@ -157,7 +157,8 @@ class Sender(Generic[T]):
             if not self._members:
                 self._sent_at = datetime.now(UTC)
             try:
-                if self._packets is None or self._on_verdict or isinstance(data, Message) or max_retries is not None:
+                is_seen = self._packets is None or self._on_verdict is not None
+                if is_seen or isinstance(data, Message) or max_retries is not None:
                     self._take_whole(data, index, max_retries, once)
                 else:
                     self._take(data, index, once)
@@ -177,8 +178,10 @@ class Sender(Generic[T]):
             How many messages ended in which verdict.
         """
         with self._lock:
+            self._flush()
             self._is_closed = True
             self._wake.notify_all()
+            # What a callback gave it again; from now on it takes no more.
             self._flush()
             self._raise()
             return self.report
@@ -228,7 +231,7 @@ class Sender(Generic[T]):
         return plain
 
     def _refuse(self, data: T | Message[T]) -> None:
-        if not isinstance(data, Message) and self._on_verdict:
+        if not isinstance(data, Message) and self._on_verdict is not None:
             # Its own index may be unusable: the callback has a message to look at all the same.
             data = Message(data, self._topic.name, index="?")
         self._note(data if isinstance(data, Message) else None, Verdict.REFUSED)
@@ -241,7 +244,7 @@ class Sender(Generic[T]):
             self._flush()
         self._members.append(member)
         self._bytes += size
-        if message is not None and self._on_verdict:
+        if message is not None and self._on_verdict is not None:
             self._messages.append(message)
         if len(self._members) >= self._size or self._bytes >= MOST_BYTES or self._linger == 0:
             self._flush()
@@ -289,14 +292,14 @@ class Sender(Generic[T]):
         finally:
             _busy.discard(self)
             self._counts[verdict] += len(packet.members)
-            if self._on_verdict:
+            if self._on_verdict is not None:
                 for message in messages:
                     self._on_verdict(message, verdict)
             self._error = error or self._error
 
     def _note(self, message: Message[T] | None, verdict: Verdict) -> None:
         self._counts[verdict] += 1
-        if self._on_verdict and message is not None:
+        if self._on_verdict is not None and message is not None:
             self._on_verdict(message, verdict)
 
     def _raise(self) -> None:

@@ -7,13 +7,16 @@ a newer version may add are passed over, in a member as in the header.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
 
 from ..errors import MessageError, TopicError
-from ..packets import MOST_BYTES, Member, Packet, StrangeMember
+from ..packets import MOST_BYTES, Member, More, Packet, StrangeMember
+from ..schema import dump
 from ..topics import check_topic
 from . import wire
 
@@ -35,6 +38,13 @@ class Named(msgspec.Struct, frozen=True, array_like=True):
     id: str
 
 
+class _LooseMember(msgspec.Struct, frozen=True, array_like=True):
+    id: str
+    index: str
+    data: Any
+    more: More | None = None
+
+
 class _Header(msgspec.Struct, frozen=True):
     version: int = _VERSION
     #: RFC 3339.
@@ -44,6 +54,7 @@ class _Header(msgspec.Struct, frozen=True):
 _Body = tuple[tuple[str, list[Member]], dict[str, Any], Any]
 _NamedBody = tuple[tuple[str, list[Named]], dict[str, Any], Any]
 _RawBody = tuple[tuple[str, list[msgspec.Raw]], dict[str, Any], Any]
+_LooseBody = tuple[tuple[str, list[Any]], dict[str, Any], Any]
 _decode = msgspec.json.Decoder(_Body).decode
 _decode_names = msgspec.json.Decoder(_NamedBody).decode
 _decode_raw = msgspec.json.Decoder(_RawBody).decode
@@ -128,12 +139,26 @@ def _read_each(raw: bytes) -> tuple[str, list[Member]]:
     """
     try:
         (topic, found), _, _ = _decode_raw(raw)
+        return topic, [_member(one, _decode_member) for one in found]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise MessageError(f"{_EXPECTED}: {exc}"[:500]) from exc
-    members: list[Member] = []
-    for one in found:
-        try:
-            members.append(_decode_member(one))
-        except msgspec.DecodeError as exc:
-            members.append(StrangeMember(wire.bytes_id(bytes(one)), "", one, error=str(exc)[:500]))
-    return topic, members
+        error = MessageError(f"{_EXPECTED}: {exc}"[:500])
+        error.__cause__ = exc
+    try:
+        # What Python's own decoder lets pass, and so a single message may hold: half a surrogate pair.
+        (topic, found), _, _ = msgspec.convert(json.loads(raw), _LooseBody)
+        return topic, [_member(one, _convert_member) for one in found]
+    except (ValueError, RecursionError):  # what msgspec raises is a ValueError too
+        raise error from error.__cause__
+
+
+def _member(one: Any, read: Callable[[Any], Member]) -> Member:
+    try:
+        return read(one)
+    except msgspec.MsgspecError as exc:
+        raw = bytes(one) if isinstance(one, msgspec.Raw) else dump(one)
+        return StrangeMember(wire.bytes_id(raw), "", msgspec.Raw(raw), error=str(exc)[:500])
+
+
+def _convert_member(one: Any) -> Member:
+    loose = msgspec.convert(one, _LooseMember)
+    return Member(loose.id, loose.index, msgspec.Raw(dump(loose.data)), loose.more)
