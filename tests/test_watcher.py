@@ -591,6 +591,72 @@ class TestTrouble:
             assert not client.exists("celery", "unacked")
 
 
+class TestPackets:
+    def test_each_message_of_a_packet_is_handled_as_if_it_came_alone(
+        self, valkey: RedisServer, storage: MemoryStorage
+    ) -> None:
+        calls: Counter[int] = Counter()
+
+        def fails_for_multiples_of_10(message: Message[int]) -> None:
+            calls[message.data] += 1
+            if message.data % 10 == 0:
+                raise ValueError(message.data)
+
+        handler = watch(fails_for_multiples_of_10, retry=RetryPolicy(max_retries=2))
+        with Watcher(valkey.url, storage, handler) as watcher:
+            t = handler.find("t")
+            assert t
+            assert t.send_many(range(100)).sent == 100
+            assert watcher.wait(PATIENCE)
+            assert watcher.queue.len() == 0
+        assert storage.len("t") == 90
+        assert len(dead(storage)) == 10
+        assert calls == {number: 1 if number % 10 else 3 for number in range(100)}
+        with valkey.client() as client:
+            assert not list(client.scan_iter("watch.held:*"))
+
+    def test_the_same_message_twice_in_a_packet_is_handled_once(
+        self, valkey: RedisServer, storage: MemoryStorage
+    ) -> None:
+        calls: list[int] = []
+        handler = watch(lambda message: calls.append(message.data))
+        message = Message(1, "t")
+        with Watcher(valkey.url, storage, handler) as watcher:
+            t = handler.find("t")
+            assert t
+            t.send_many([message, message])
+            assert watcher.wait(PATIENCE)
+        assert calls == [1]
+        assert storage.counters("t").duplicates == 1
+
+    def test_what_it_did_not_begin_is_left_to_others_when_it_stops(
+        self, valkey: RedisServer, storage: MemoryStorage
+    ) -> None:
+        began = threading.Event()
+        may_end = threading.Event()
+
+        def handle(message: Message[int]) -> None:
+            began.set()
+            may_end.wait(PATIENCE)
+
+        topic: Topic[int] = Topic("t")
+        topic.handler(handle)
+        with RedisQueue(valkey.url) as queue, RedisQueue(valkey.url) as other:
+            topic.bind(queue)
+            topic.send_many(range(5))
+            watcher = Watcher(queue, storage, TopicHandler({"t": topic}))
+            watcher.start()
+            assert began.wait(PATIENCE)
+            assert not watcher.stop(0)
+            may_end.set()
+            assert watcher.stop(PATIENCE)
+
+            assert storage.len("t") == 1
+            assert other.len() == 4
+            left = [other.next(PATIENCE) for _ in range(4)]
+            assert [delivery.message.data for delivery in left if delivery] == [1, 2, 3, 4]  # type: ignore[union-attr]
+
+
 class TestTwoWatchers:
     def test_given_the_same_message_one_handles_it_and_the_other_finds_it_done(
         self, valkey: RedisServer, storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch

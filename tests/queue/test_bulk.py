@@ -88,7 +88,6 @@ class TestRoundTrip:
         packet = Packet("alarm", [member_of(message, dump(message.data)) for message in made])
         assert messages(bulk.read(bulk.body(packet), fields())) == made
 
-
     @pytest.mark.parametrize("data", ["\ud800", {"\udfff": ["\x00", "\\"]}, 2**63, "é" * 1000])
     def test_data_that_only_python_writes_survives_it(self, data: Any) -> None:
         packet = Packet("alarm", [member_of(Message(each, "alarm"), dump(each)) for each in (1, data, 2)])

@@ -208,6 +208,123 @@ class TestMessages:
         assert sorted(message.payload for message in Reader(connection).take(120)) == list(range(120))
 
 
+class TestCounting:
+    """Messages wait, not envelopes: a packet says in its header how many it holds."""
+
+    @staticmethod
+    def send(connection: kombu.Connection, count: int, **more: Any) -> None:
+        headers = {"task": "watch._bulk", "watch": {"version": 1, "messages": count}, **more}
+        send(connection, ["x" * 1000], headers=headers)
+
+    def test_what_waits_is_counted(self, connect: Any) -> None:
+        connection = connect()
+        channel = connection.channel()
+        assert channel.count_waiting("q") == 0
+        send(connection, 1, 2)
+        self.send(connection, 250)
+        self.send(connection, 7)
+        assert channel.count_waiting("q") == 259
+        assert channel.count_waiting("other") == 0
+
+    def test_what_is_not_due_yet_is_counted_too(self, connect: Any) -> None:
+        connection = connect()
+        self.send(connection, 7, eta=(datetime.now(UTC) + timedelta(seconds=0.5)).isoformat())
+        channel = connection.channel()
+        assert channel.count_waiting("q") == 7
+        Reader(connection).take()
+        assert channel.count_waiting("q") == 0
+
+    def test_what_is_in_hand_is_not_and_what_comes_back_is(self, connect: Any) -> None:
+        connection = connect()
+        self.send(connection, 7)
+        self.send(connection, 3)
+        send(connection, 1)
+        reader = Reader(connection, prefetch=1)
+        (message,) = reader.take()
+        channel = connect().channel()
+        assert channel.count_waiting("q") == 4
+        reader.consumer.cancel()
+        message.reject(requeue=True)
+        assert channel.count_waiting("q") == 11
+        reader.channel.close()
+        assert channel.count_waiting("q") == 11
+
+    def test_what_a_dead_reader_held_is_counted_again(self, connect: Any) -> None:
+        connection = connect(**SHORT)
+        self.send(connection, 7)
+        dead = Reader(connection)
+        dead.take()
+        channel = connect().channel()
+        dead.channel.flight._is_closed.set()  # its thread ends: nobody renews
+        other = connect(**SHORT).channel()
+        until(lambda: other.flight.tend() or channel.count_waiting("q") == 7, "it was put back")
+
+    def test_each_priority_counts_and_each_is_counted_out(self, connect: Any) -> None:
+        connection = connect()
+        headers = {"task": "watch._bulk", "watch": {"messages": 5}}
+        for priority in (0, 3, 9):
+            send(connection, [1], headers=headers, priority=priority)
+        channel = connection.channel()
+        assert channel.count_waiting("q") == 15
+        Reader(connection).take(3)
+        assert channel.count_waiting("q") == 0
+
+    def test_a_batch_is_counted(self, connect: Any) -> None:
+        connection = connect()
+        producer = kombu.Producer(connection.default_channel)
+        with producer.batch(50):
+            for _ in range(3):
+                headers = {"task": "watch._bulk", "watch": {"messages": 5}}
+                producer.publish([1], routing_key="q", declare=[kombu.Queue("q")], headers=headers)
+        assert connection.channel().count_waiting("q") == 15
+
+    def test_a_purge_says_how_many_messages_it_threw_away(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        self.send(connection, 7)
+        self.send(connection, 5, eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
+        send(connection, 1)
+        assert kombu.Queue("q")(connection.channel()).purge() == 13
+        with server.client() as client:
+            assert not [key for key in client.scan_iter() if key.startswith(b"q")]
+
+    def test_a_prefix_is_kept_to(self, connect: Any, server: RedisServer) -> None:
+        connection = connect(global_keyprefix="mine:")
+        self.send(connection, 7)
+        assert connection.channel().count_waiting("q") == 7
+        with server.client() as client:
+            assert all(key.startswith(b"mine:") for key in client.scan_iter())
+
+    def test_what_others_took_away_is_not_counted_for_ever(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        self.send(connection, 250)
+        with server.client() as client:
+            client.delete("q")
+        channel = connection.channel()
+        assert channel.count_waiting("q") == 0
+        reader = Reader(connection)
+        reader.drain(0.1)
+        send(connection, 1)
+        reader.take()
+        send(connection, 2, queue="q")
+        with server.client() as client:
+            assert not client.exists("q\x06\x16besides")
+
+    @pytest.mark.parametrize("count", [-5, 0, 1, "7", None, 1.5, 10**30])
+    def test_a_number_that_is_none_does_no_harm(self, connect: Any, count: Any) -> None:
+        connection = connect()
+        self.send(connection, count)
+        channel = connection.channel()
+        assert channel.count_waiting("q") >= 0
+        send(connection, 1)
+        assert Reader(connection).take()
+        assert channel.count_waiting("q") == 0
+
+    def test_what_stands_in_a_body_is_no_number(self, connect: Any) -> None:
+        connection = connect(body_encoding=None)
+        send(connection, '"watch._bulk" "messages": 1000', headers={"task": "watch.alarm"})
+        assert connection.channel().count_waiting("q") == 1
+
+
 class TestHandingBack:
     def test_a_rejected_message_comes_again_and_says_so(self, connect: Any) -> None:
         connection = connect()

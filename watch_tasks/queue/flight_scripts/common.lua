@@ -10,11 +10,12 @@ local NOW = time[1] * 1000 + math.floor(time[2] / 1000)
 -- Never `tostring`: it keeps only 14 digits.
 local function digits(number) return string.format('%.0f', number) end
 
--- How many messages an item holds besides its first: a packet's header says how many it has in all.
+-- How many messages an item holds besides its first: a packet's header says how many it has in all. More than five
+-- digits are no such number, and might be more than the server can count to.
 local function besides(item)
   local at = string.find(item, '"watch._bulk"', 1, true)
-  local count = at and tonumber(string.match(item, '"messages": ?(%d+)', at)) or 1
-  return math.max(count, 1) - 1
+  local count = at and string.match(item, '"messages": ?(%d%d?%d?%d?%d?)%D', at) or '1'
+  return math.max(tonumber(count), 1) - 1
 end
 
 -- Keep count of what packets add to the number of items in a queue, those that are not due yet included. Items that
