@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from celery import Celery
@@ -55,7 +55,7 @@ def run(app: Celery, storage: Storage) -> Run:
 def runner(app: Celery) -> Run:
     """Return what runs a command line as `celery -A app watch …` does."""
 
-    def run(*args: str, input: str | bytes | None = None) -> Result:
+    def run(*args: str, input: str | bytes | IO[bytes] | None = None) -> Result:
         return CliRunner().invoke(group, args, input=input, obj=SimpleNamespace(app=app))
 
     return run

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +17,12 @@ import pytest
 from celery import Celery
 
 from tests.servers import RedisServer
-from watch_tasks import Message, topic
+from tests.workers import until
+from watch_tasks import Message, SendUnknownError, topic
+from watch_tasks.cli.pace import Pace
+from watch_tasks.packets import Packet
 from watch_tasks.queue.redis import RedisQueue
+from watch_tasks.worker.outlet import CeleryOutlet
 
 from .conftest import Order, Run, lines
 
@@ -192,3 +202,180 @@ def test_broker_that_is_away_has_its_code(run: Run, app: Celery) -> None:
     result = run("send", "--from", "-", "--topic", "orders", input='{"number": 1}\n')
     assert result.exit_code == 69
     assert lines(result)[-1]["sent"] == 0
+
+
+class TestManyLines:
+    """`send --from`: as they come, many at a time, each with its verdict."""
+
+    def test_a_file_goes_in_full_packets(self, run: Run, valkey: RedisServer, tmp_path: Path) -> None:
+        topic("log")
+        file = tmp_path / "log.jsonl"
+        file.write_text("".join(f'{{"n": {n}}}\n' for n in range(600)))
+
+        result = run("send", "--from", str(file), "--topic", "log")
+
+        assert (result.exit_code, lines(result)[-1]["sent"]) == (0, 600)
+        assert [item["headers"]["watch"]["messages"] for item in queued(valkey)] == [250, 250, 100]
+        assert [message.data["n"] for message in waiting(valkey)] == list(range(600))
+
+    def test_rules_of_the_lines_go_with_them(self, run: Run, valkey: RedisServer) -> None:
+        topic("log")
+        run("send", "--from", "-", "--topic", "log", "--once", "index", "--max-retries", "0", input="1\n2\n")
+        assert [(message.once, message.max_retries) for message in waiting(valkey)] == [("index", 0)] * 2
+
+    def test_a_pipe_is_sent_as_it_comes(self, run: Run, valkey: RedisServer) -> None:
+        topic("log")
+        reading, writing = os.pipe()
+        with ThreadPoolExecutor() as pool, os.fdopen(reading, "rb") as source:
+            try:
+                running = pool.submit(run, "send", "--from", "-", "--topic", "log", input=source)
+                for n in range(3):
+                    os.write(writing, b"%d\n" % n)
+                    with valkey.client() as client:
+                        until(lambda n=n: client.llen("celery") == n + 1, "it is sent")  # type: ignore[misc]
+            finally:
+                os.close(writing)
+            assert lines(running.result(20))[-1]["sent"] == 3
+        assert [message.data for message in waiting(valkey)] == [0, 1, 2]
+
+    def test_no_more_are_sent_a_second_than_the_rate(self, run: Run) -> None:
+        topic("log")
+        began = time.monotonic()
+        result = run("send", "--from", "-", "--topic", "log", "--rate", "50", input="1\n" * 21)
+        assert lines(result)[-1]["sent"] == 21
+        assert time.monotonic() - began >= 20 / 50 - 0.051  # what may be made up for at once
+
+    @pytest.mark.parametrize("rate", ["0", "-1", "fast"])
+    def test_a_rate_that_is_none_is_refused(self, run: Run, rate: str) -> None:
+        assert run("send", "--from", "-", "--topic", "log", "--rate", rate, input="1\n").exit_code == 2
+
+    def test_a_rate_is_for_many(self, run: Run) -> None:
+        result = run("send", "log", "1", "--rate", "5")
+        assert result.exit_code == 2
+        assert "--rate" in result.stderr
+
+    def test_a_broker_that_is_away_is_told_of_each_line(self, run: Run, app: Celery) -> None:
+        topic("log")
+        app.conf.broker_url = "redis://127.0.0.1:1/0"
+
+        result = run("send", "--from", "-", "--topic", "log", input="1\n2\n3\n")
+
+        assert result.exit_code == 69
+        assert {name: lines(result)[-1][name] for name in ("sent", "refused")} == {"sent": 0, "refused": 3}
+        *told, error = result.stderr.splitlines()
+        assert [json.loads(line) for line in told] == [
+            {"line": line, "error": "not sent: the broker could not be reached"} for line in (1, 2, 3)
+        ]
+        assert "was not sent" in error
+
+    def test_a_line_that_waited_for_another_topic_is_told_too(self, run: Run, app: Celery) -> None:
+        topic("a")
+        topic("b")
+        app.conf.broker_url = "redis://127.0.0.1:1/0"
+
+        result = run("send", "--from", "-", "--topic-field", "t", input='{"t": "a"}\n{"t": "b"}\n')
+
+        assert result.exit_code == 69
+        assert [json.loads(line)["line"] for line in result.stderr.splitlines()[:2]] == [1, 2]
+        assert lines(result)[-1]["refused"] == 2
+
+    def test_a_full_queue_is_told(self, run: Run, app: Celery, valkey: RedisServer) -> None:
+        topic("log", max_waiting=2)
+        app.conf.watch_send_wait = 0.1
+
+        result = run("send", "--from", "-", "--topic", "log", input="1\n2\n3\n")
+
+        assert result.exit_code == 5
+        assert json.loads(result.stderr) == {
+            "line": 3,
+            "error": "not sent: the queue is full, or the broker could not be reached",
+        }
+        assert [message.data for message in waiting(valkey)] == [1, 2]
+
+    def test_a_lost_answer_is_told_of_each_line(self, run: Run, app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lose(self: object, packet: Packet, request: object = None) -> None:
+            raise SendUnknownError("lost", Message(1, "log"))
+
+        topic("log")
+        monkeypatch.setattr(CeleryOutlet, "push_packet", lose)
+
+        result = run("send", "--from", "-", "--topic", "log", input="1\nx\n2\n")
+
+        assert result.exit_code == 1
+        assert {name: lines(result)[-1][name] for name in ("sent", "refused", "unknown")} == {
+            "sent": 0,
+            "refused": 1,
+            "unknown": 2,
+        }
+        assert sorted(json.loads(line)["line"] for line in result.stderr.splitlines()) == [1, 2, 3]
+
+    @pytest.mark.parametrize("rate", [(), ("--rate", "2")])
+    def test_at_ctrl_c_what_was_read_is_sent(self, valkey: RedisServer, tmp_path: Path, rate: tuple[str, ...]) -> None:
+        environment = {
+            **os.environ,
+            "CELERY_BROKER_URL": valkey.url,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "watch_tasks", "send", "--from", "-", "--topic", "log", *rate],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert process.stdin
+            process.stdin.write(b"1\n2\n3\n")
+            process.stdin.flush()
+            with RedisQueue(valkey.url) as queue:
+                until(lambda: queue.len() >= (1 if rate else 3), "what came is sent", 60)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=20)
+                assert process.returncode == 130
+                assert json.loads(out.splitlines()[-1])["sent"] == queue.len() >= 1
+            assert err.splitlines()[-1] == b"Error: interrupted"
+        finally:
+            process.kill()
+            process.wait()
+
+
+class TestPace:
+    def passed(self, rate: float | None, gaps: list[float]) -> list[float]:
+        """Return when each passes, whose next line comes so many seconds after it."""
+        clock = ManualSeconds()
+        pace = Pace(rate, clock=clock.now, sleep=clock.sleep)
+        times = []
+        for gap in gaps:
+            pace.wait()
+            times.append(round(clock.now(), 6))
+            pace.count()
+            clock.sleep(gap)
+        return times
+
+    def test_it_is_even(self) -> None:
+        assert self.passed(10, [0.0] * 4) == [0, 0.1, 0.2, 0.3]
+
+    def test_a_writer_that_is_slower_is_not_held_back(self) -> None:
+        assert self.passed(10, [0.5] * 3) == [0, 0.5, 1.0]
+
+    def test_after_a_pause_only_a_moment_is_made_up_for(self) -> None:
+        times = self.passed(100, [10, *[0.0] * 20])
+        assert sum(time <= 10 for time in times[1:]) == 6
+        assert times[-1] == pytest.approx(10 - 0.05 + 0.19)
+
+    def test_without_a_rate_nothing_waits(self) -> None:
+        assert self.passed(None, [0.0] * 3) == [0, 0, 0]
+
+
+class ManualSeconds:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import MessageError, TooLargeError, TopicError
 from ..message import Message, Once
 from ..schema import dump
 from ..sending import Verdict
 from ..topics import Topic, check_topic
-from .lines import Complain, parse, reading
+from .lines import Complain, is_file, parse, reading
 from .output import emit, note
 from .pace import Pace, Stop
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from .program import Program
 
 __all__ = ["Counts", "Route", "send_lines"]
+
+
+#: Seconds that a line waits for others to go with it, at most.
+_SHORT: Final = 0.05
+_LONG: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,8 @@ def send_lines(
     """
     counts = Counts()
     pace = Pace(None if dry_run else rate)
+    # The lines of a file are all there: none waits for one that is long in coming.
+    linger = _LONG if is_file(source) and not rate else _SHORT
     if route.topic:
         program.topic(route.topic)  # what is wrong with its module is said before the first line is read
     try:
@@ -88,7 +95,7 @@ def send_lines(
             try:
                 # Runs of one topic: what was read of one is sent before what follows of another.
                 for topic, run in groupby(reader.messages(stop.reading(lines, pace)), key=reader.topic_of):
-                    with nullcontext() if dry_run else topic.sender(on_verdict=reader.settle) as sender:
+                    with nullcontext() if dry_run else topic.sender(linger=linger, on_verdict=reader.settle) as sender:
                         for message in run:
                             if sender is None:
                                 reader.settle(message, Verdict.SENT)

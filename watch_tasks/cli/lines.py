@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import IO, Any
 
 from .output import note, to_json
 
-__all__ = ["Complain", "parse", "reading"]
+__all__ = ["Complain", "is_file", "parse", "reading"]
 
 #: Tells what is wrong with the line of this number.
 Complain = Callable[[int, str], None]
@@ -65,6 +66,14 @@ def reading(source: IO[bytes], told: Callable[[], str]) -> Iterator[tuple[Iterat
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"got {constant}, which JSON has not")
+
+
+def is_file(source: IO[bytes]) -> bool:
+    """Whether lines come from a file, and not from a pipe or a person."""
+    try:
+        return stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _size(source: IO[bytes]) -> int | None:
