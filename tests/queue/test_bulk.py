@@ -121,6 +121,8 @@ class TestWhatIsNoPacket:
     def test_it_says_what_was_expected(self, raw: bytes) -> None:
         with pytest.raises(MessageError, match=r"the body must be \[\[topic, members\], \{\}, embed\]"):
             bulk.read(raw, fields())
+        with pytest.raises(MessageError):
+            bulk.names(raw)
 
         found, wait = unpack(Envelope(fields(), raw))
         assert isinstance(found, Unreadable)
@@ -141,6 +143,8 @@ class TestWhatIsNoPacket:
         with pytest.raises(MessageError) as caught:
             bulk.read(bulk.body(PACKET), fields(**changes))
         assert text in str(caught.value)
+        with pytest.raises(MessageError):
+            bulk.check_headers(fields(**changes))
 
     def test_too_many_bytes_are_not_read(self) -> None:
         found, _ = unpack(Envelope(fields(), b" " * (bulk.most_bytes(10) + 1)), limit=10)
@@ -198,6 +202,7 @@ class TestMembers:
             (["", "", 1], "the id must be"),
             (["x" * 1_000_000, "", 1], "the id must be"),
             (["a\nb", "", 1], "the id must be"),
+            (["\ud800", "\ud800", 1], "the id must be"),
             (["m1", "x" * 513, 1], "513 characters"),
             (["m1", "a\nb", 1], "printable"),
             (["m1", "", 1, {"copy": -1}], "copy"),

@@ -109,6 +109,63 @@ def test_garbage_is_dead_with_its_bytes(make_site: MakeSite) -> None:
     assert site.calls() == {"look": 1}
 
 
+def packet(*members: Any, topic: Any = "probe", body: bytes | None = None, **headers: Any) -> dict[str, Any]:
+    """Return a packet as kombu's Redis transport keeps it."""
+    content = json.dumps([[topic, list(members)], {}, {}]).encode() if body is None else body
+    return envelope(content, task="watch._bulk", **headers)
+
+
+def test_garbage_in_a_packet_keeps_no_other_member_from_being_handled(make_site: MakeSite) -> None:
+    strange = [None, 7, ["x"], ["", "", 1], ["a\nb", "", 2], ["x" * 100_000, "", 3], ["m1", "", 1, {"copy": "3"}]]
+    site = make_site(PROBE)
+    worker = site.worker()
+
+    with site.bare.connection().channel() as channel:
+        channel.client.lpush("celery", json.dumps(packet(["good1", "", 1], *strange, ["good2", "", "\ud800"])))
+
+    site.until_handled(2, 60)
+    site.until_dead(len(strange))
+    assert {letter.reason for letter in site.dead()} == {Reason.MALFORMED}
+    assert all(0 < len(letter.id) <= 255 and letter.id.isprintable() for letter in site.dead())
+    assert site.calls("id") == {"good1": 1, "good2": 1}
+    assert worker.is_running()
+
+
+def test_what_claims_to_be_a_packet_and_is_none_is_dead_with_its_bytes(make_site: MakeSite) -> None:
+    items = {
+        "not JSON": packet(body=b"{"),
+        "no members": packet(body=b'[["probe"],{},{}]'),
+        "members that are no list": packet(body=b'[["probe",{}],{},{}]'),
+        "no topic's name": packet(["m1", "", 1], topic="_bulk"),
+        "our header of a later version": packet(["m2", "", 1], watch={"version": 99}),
+        "an id that cannot be printed": packet(["m3", "", 1], id="a\nb"),
+    }
+    site = make_site(PROBE)
+    worker = site.worker()
+
+    with site.bare.connection().channel() as channel:
+        for item in items.values():
+            channel.client.lpush("celery", json.dumps(item))
+        channel.client.lpush("celery", json.dumps(envelope()))
+
+    site.until_dead(len(items), 60)
+    site.until_handled(1)
+    assert {letter.raw for letter in site.dead()} == {raw_of(item) for item in items.values()}
+    assert worker.is_running()
+
+
+def test_a_full_packet_is_handled_where_one_message_may_have_little(make_site: MakeSite) -> None:
+    site = make_site(PROBE, WATCH_MAX_PAYLOAD="2000")
+    site.worker()
+
+    with site.bare.connection().channel() as channel:
+        members = [[f"m{number}", f"{number:0100}", "x" * 1_000] for number in range(200)]
+        channel.client.lpush("celery", json.dumps(packet(*members)))
+
+    site.until_handled(200, 60)
+    assert not site.dead()
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared examples of garbage are not here")
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_the_shared_garbage_ends_as_it_should(make_site: MakeSite, pool: str) -> None:

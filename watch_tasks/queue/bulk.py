@@ -8,7 +8,7 @@ a newer version may add are passed over, in a member as in the header.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,7 +20,19 @@ from ..schema import dump
 from ..topics import check_topic
 from . import wire
 
-__all__ = ["TASK", "Named", "body", "headers", "id_of", "is_bulk", "most_bytes", "names", "read", "reprs"]
+__all__ = [
+    "TASK",
+    "Named",
+    "body",
+    "check_headers",
+    "headers",
+    "id_of",
+    "is_bulk",
+    "most_bytes",
+    "names",
+    "read",
+    "reprs",
+]
 
 #: The task that packets are messages of.
 TASK: Final = f"{wire.PREFIX}_bulk"
@@ -90,19 +102,33 @@ def body(packet: Packet) -> bytes:
 
 def id_of(member: Member) -> str:
     """Return the id of a member, or where it has none that can be one, that of its bytes."""
-    return member.id if wire.is_id(member.id) else wire.bytes_id(msgspec.json.encode(member))
+    if wire.is_id(member.id):
+        return member.id
+    return wire.bytes_id(repr((member.id, member.index)).encode() + bytes(member.data))
 
 
 def names(raw: bytes) -> list[str]:
-    """Return the ids of the members of a body.
+    """Return the ids of the members of a body. What this takes, `read` takes.
 
     Raises:
         MessageError: it is no body of a packet.
     """
+    members: Sequence[Member | Named]
     try:
-        return [member.id for member in _decode_names(raw)[0][1]]
+        (topic, members), _, _ = _decode_names(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return [member.id for member in _read_each(raw)[1]]
+        topic, members = _read_each(raw)
+    _check(topic)
+    return [member.id for member in members]
+
+
+def check_headers(fields: dict[str, Any]) -> None:
+    """See that headers are those of a packet, with which `read` takes its body.
+
+    Raises:
+        MessageError: they are not.
+    """
+    _read_headers(fields)
 
 
 def read(raw: bytes, fields: dict[str, Any]) -> Packet:
@@ -115,10 +141,18 @@ def read(raw: bytes, fields: dict[str, Any]) -> Packet:
         (topic, members), _, _ = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         topic, members = _read_each(raw)
+    _check(topic)
+    return Packet(topic, members, *_read_headers(fields))
+
+
+def _check(topic: str) -> None:
     try:
         check_topic(topic)
     except TopicError as exc:
         raise MessageError(f"{_EXPECTED}: {exc}"[:500]) from exc
+
+
+def _read_headers(fields: dict[str, Any]) -> tuple[str, datetime]:
     try:
         header = msgspec.convert(fields.get(wire.HEADER) or {}, _Header)
     except msgspec.ValidationError as exc:
@@ -128,7 +162,7 @@ def read(raw: bytes, fields: dict[str, Any]) -> Packet:
     id = fields.get("id")
     if not wire.is_id(id):
         raise MessageError(f"the header `id` must be 1 to 255 printable characters, got {id!r}"[:500])
-    return Packet(topic, members, id, wire.aware(header.sent_at) or datetime.now(UTC))
+    return id, wire.aware(header.sent_at) or datetime.now(UTC)
 
 
 def _read_each(raw: bytes) -> tuple[str, list[Member]]:

@@ -279,6 +279,7 @@ def _read_packet(message: Any) -> None:
     if message.content_type != "application/json":
         raise MessageError(f"the content type of a packet must be `application/json`, got {message.content_type!r}")
     raw = message.body if isinstance(message.body, bytes) else message.body.encode()
+    bulk.check_headers(message.headers)
     bulk.names(raw)
     message._decoded_cache = [[raw], {}, None]
 
