@@ -19,11 +19,14 @@ from watch_tasks import (
     Reason,
     SendError,
     SendFailedError,
+    Topic,
     open_queue,
 )
+from watch_tasks import topic as define
 from watch_tasks.queue import Queue, Unreadable
 from watch_tasks.queue.amqp import AmqpQueue, quorum_arguments
 from watch_tasks.testing.queue import QueueSuite
+from watch_tasks.worker import install, outlet_of
 
 from ..rabbit import RabbitServer, find_rabbit
 from ..servers import free_port
@@ -80,6 +83,29 @@ def test_what_a_celery_app_sends_is_read(rabbit: RabbitServer) -> None:
     kombu.pools.reset()
     assert isinstance(delivery.message, Message)
     assert (delivery.message.id, delivery.message.index, delivery.message.data) == (sent.id, "i", {"host": "web-1"})
+
+
+def test_packets_that_a_celery_app_sends_are_read(rabbit: RabbitServer) -> None:
+    name = uuid4().hex
+    topic: Topic[int] = define("alarm", queue=name)
+    with (
+        install(Celery("packets", broker=rabbit.url, set_as_current=False)) as app,
+        open_queue(f"{rabbit.url}?queue={name}") as queue,
+    ):
+        app.conf.watch_storage_backend = "memory://"
+        topic.bind(outlet_of(app))
+        assert topic.send_many(range(300)).sent == 300
+        assert queue.len() == 2
+        got = []
+        for _ in range(300):
+            delivery = queue.next(timeout=10)
+            assert delivery
+            assert isinstance(delivery.message, Message)
+            got.append(delivery.message.data)
+            delivery.ack()
+        assert got == list(range(300))
+        assert queue.next(timeout=0.05) is None
+    kombu.pools.reset()
 
 
 def test_what_is_no_message_comes_out_with_its_bytes(rabbit: RabbitServer, queue: AmqpQueue) -> None:

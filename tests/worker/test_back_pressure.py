@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from watch_tasks import QueueFullError, RetryPolicy, SendFailedError, Topic, topic
+from watch_tasks import QueueFullError, RetryPolicy, SendFailedError, SendReport, Topic, topic
 from watch_tasks.worker import install, outlet_of
 
 from ..servers import RedisServer, free_port
@@ -60,6 +60,21 @@ def test_what_is_not_due_yet_counts(bounded: Topic[Any]) -> None:
         bounded.send(number, delay=60)
     with pytest.raises(QueueFullError):
         bounded.send(3)
+
+
+def test_each_message_of_a_packet_counts(bounded: Topic[Any], app: Celery) -> None:
+    other: Topic[Any] = topic("other")
+    other.bind(outlet_of(app))
+    other.send_many([1, 2])
+    bounded.send(3)
+    with pytest.raises(QueueFullError, match="3 messages wait"):
+        bounded.send(4)
+
+
+def test_a_bounded_topic_is_sent_one_by_one(bounded: Topic[Any], valkey: RedisServer) -> None:
+    assert bounded.send_many(range(4)) == SendReport(sent=3, refused=1)
+    with valkey.client() as client:
+        assert client.llen("celery") == 3
 
 
 def test_a_retry_is_never_refused(bounded: Topic[Any], app: Celery) -> None:
