@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 #: Bytes of a packet that a member takes beside its id, its index, its data and its rules: brackets, quotes and commas.
 _BESIDES: Final = 16
+#: The same, that its rules take, beside the names of handlers.
+_RULES: Final = 160
 
 #: Senders with messages that wait: those are sent, whether or not anybody else still knows the sender.
 _busy: Final[set[Sender[Any]]] = set()
@@ -239,7 +241,7 @@ class Sender(Generic[T]):
     def _add(self, member: Member, size: int, message: Message[T] | None) -> None:
         size += _BESIDES + len(member.id) + len(member.index if member.index.isascii() else member.index.encode())
         if member.more is not None:
-            size += len(msgspec.json.encode(member.more))
+            size += _RULES + sum(len(name.encode()) for name in member.more.handled)
         if self._members and self._bytes + size > MOST_BYTES:
             self._flush()
         self._members.append(member)

@@ -37,7 +37,13 @@ class PacketTask(TopicTask):
         pipeline = runtime.pipeline(*worker_of(self.request, runtime))
         members = Members(pipeline, runtime.is_stopping)
         with self.settling():
-            packet = bulk.read(raw, {"id": self.request.id, wire.HEADER: self.request.get(wire.HEADER)})
+            try:
+                packet = bulk.read(raw, {"id": self.request.id, wire.HEADER: self.request.get(wire.HEADER)})
+            except MessageError as exc:
+                # The main process could read it, and had more room for what is nested deep: handed over again, it would
+                # come without end.
+                pipeline.bury(Reason.MALFORMED, exc, id=self.request.id, raw=raw, content_type="application/json")
+                return "1 dead"
             if (self.request.delivery_info or {}).get("redelivered"):
                 taken = members.take_apart(packet)
             else:
