@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from watch_tasks import (
     TopicError,
     TopicHandler,
     Watcher,
+    open_storage,
     topic,
 )
 from watch_tasks.queue import Delivery, Unreadable
@@ -655,6 +657,49 @@ class TestPackets:
             assert other.len() == 4
             left = [other.next(PATIENCE) for _ in range(4)]
             assert [delivery.message.data for delivery in left if delivery] == [1, 2, 3, 4]  # type: ignore[union-attr]
+
+    def test_one_that_is_killed_at_a_packet_loses_nothing_and_repeats_what_it_had_in_hand(
+        self, valkey: RedisServer, tmp_path: Path
+    ) -> None:
+        program = tmp_path / "watch.py"
+        program.write_text(
+            "import os, sys\n"
+            "from watch_tasks import Topic, TopicHandler, Watcher\n"
+            "url, die_at = sys.argv[1], int(sys.argv[2])\n"
+            "t = Topic('t')\n"
+            "@t.handler\n"
+            "def handle(message):\n"
+            "    print(message.data, flush=True)\n"
+            "    if message.data == die_at:\n"
+            "        os._exit(9)\n"
+            "with Watcher(url, url, TopicHandler({'t': t})) as watcher:\n"
+            "    while watcher.storage.len('t') < 20:\n"
+            "        watcher.wait(0.2)\n"
+        )
+        topic: Topic[int] = Topic("t")
+        with RedisQueue(valkey.url) as queue:
+            topic.bind(queue)
+            topic.send_many(range(20))
+
+        done = [
+            subprocess.run(
+                [sys.executable, str(program), valkey.url, die_at],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            for die_at in ("5", "-1")
+        ]
+
+        assert [process.returncode for process in done] == [9, 0]
+        assert [process.stdout.split() for process in done] == [
+            [str(number) for number in range(6)],
+            [str(number) for number in range(5, 20)],
+        ]
+        with open_storage(valkey.url) as kept:
+            assert kept.counters("t").duplicates == 5
+            assert list(kept.dead()) == []
 
 
 class TestTwoWatchers:
