@@ -22,6 +22,7 @@ from watch_tasks import (
     SendFailedError,
     SendReport,
     SendUnknownError,
+    TooLargeError,
     Topic,
     TopicError,
     Verdict,
@@ -324,6 +325,21 @@ class TestVerdicts:
         with pytest.raises(type(error)):
             bound.send_many([1, 2], on_verdict=told)
         assert told == [(1, Verdict.UNKNOWN), (2, Verdict.UNKNOWN)]
+
+    def test_nor_does_what_interrupts_it_between_two_packets(self, truck: Truck, bound: Topic[Any]) -> None:
+        told = Told()
+        truck.errors = [KeyboardInterrupt()]
+        large = "x" * MOST_BYTES
+        with pytest.raises(KeyboardInterrupt):
+            bound.send_many([1, 2, large], on_verdict=told)
+        assert told == [(1, Verdict.UNKNOWN), (2, Verdict.UNKNOWN), (large, Verdict.REFUSED)]
+
+    def test_one_that_goes_alone_and_is_refused_ends_nothing(self, truck: Truck, bound: Topic[Any]) -> None:
+        truck.errors = [TooLargeError("t", 2, 1)]
+        with bound.sender(linger=0) as sender:
+            sender.send(1)
+            sender.send(2)
+        assert (sender.report, truck.data) == (SendReport(sent=1, refused=1), [2])
 
     def test_an_iterable_that_raises_has_had_sent_what_it_gave(self, truck: Truck, bound: Topic[Any]) -> None:
         told = Told()

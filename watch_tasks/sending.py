@@ -243,7 +243,11 @@ class Sender(Generic[T]):
         if member.more is not None:
             size += _RULES + sum(len(name.encode()) for name in member.more.handled)
         if self._members and self._bytes + size > MOST_BYTES:
-            self._flush()
+            try:
+                self._flush()
+            except BaseException:
+                self._note(message, Verdict.REFUSED)
+                raise
         self._members.append(member)
         self._bytes += size
         if message is not None and self._on_verdict is not None:
@@ -289,8 +293,10 @@ class Sender(Generic[T]):
             verdict = Verdict.SENT
         except SendUnknownError:
             pass
+        except (QueueFullError, MessageError):
+            verdict = Verdict.REFUSED
         except (SendError, QueueClosedError) as exc:
-            verdict, error = Verdict.REFUSED, None if isinstance(exc, QueueFullError) else exc
+            verdict, error = Verdict.REFUSED, exc
         finally:
             _busy.discard(self)
             self._counts[verdict] += len(packet.members)
