@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from celery import Celery
+from celery.exceptions import Reject
 
 from ..errors import MessageError, StorageError
 from ..members import Members, Taken
@@ -49,6 +50,9 @@ class PacketTask(TopicTask):
             else:
                 taken = members.handle(packet)
             self._publish_all(packet, taken)
+        if any(one.message is None and not isinstance(one.outcome, Dead) for one in taken):
+            # No copy can carry what is no message: only the packet has it.
+            raise Reject("a member could not be buried before the stop", requeue=True)
         if any(isinstance(one.outcome, Fenced) for one in taken):
             raise Yielded("a member was taken over by another worker")
         return _told(taken)
@@ -75,6 +79,12 @@ class PacketRequest(TopicRequest):
         super().__init__(message, **{**options, "body": message.payload, "decoded": True})
         self._raw: bytes = message.payload[0][0]
         self._ids = bulk.names(self._raw)
+
+    def _count_crash(self) -> int:
+        # Nobody knows whose handler it was. Counted against all, or those asked that left before and crashed alone,
+        # the members would be buried together. Handed over again the packet is taken apart, and then each counts.
+        self._release()
+        return 0
 
     def bury(self, reason: Reason, error: BaseException | str, *, crashes: int = 0) -> Outcome:
         """Make a dead letter of each member, unless its id is settled; the Outcome is Dead where all are kept."""

@@ -150,8 +150,7 @@ class TopicRequest(Request):
             return
         state.task_ready(self)
         settings = self._runtime.settings
-        # Being stopped costs nothing: whoever stops a whole process group ends the children as well.
-        crashes = self._release(crashed=not self._runtime.is_stopping())
+        crashes = self._count_crash()
         text = f"its handler took the worker down {crashes} times, the last time with {type(error).__name__}: {error}"
         if crashes >= settings.max_crashes and isinstance(self.bury(Reason.KILLED_WORKER, text, crashes=crashes), Dead):
             self.acknowledge()
@@ -160,6 +159,11 @@ class TopicRequest(Request):
             logger.warning("message %s is handed over again: its process was lost (%r)", self.id, error)
             self.reject(requeue=True)
             self.send_event("task-retried", exception=repr(error), traceback="")
+
+    def _count_crash(self) -> int:
+        """End this worker's claim; return how often the handler took a worker down, with this time."""
+        # Being stopped costs nothing: whoever stops a whole process group ends the children as well.
+        return self._release(crashed=not self._runtime.is_stopping())
 
     def _release(self, *, crashed: bool = False) -> int:
         """End this worker's claims, if it has any; return how often the handler took a worker down."""
