@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from . import points
 from .errors import MessageError, StorageUnavailableError
 from .handlers import watchdog
 from .message import Message
@@ -64,13 +65,15 @@ class Members:
     def handle(self, packet: Packet) -> list[Taken]:
         """Handle each member. What is not settled by that leaves as a message of its own, or as a packet."""
         taken: list[Taken] = []
-        until = time.monotonic() + _ENOUGH
+        until: float | None = None
         with self._pipeline.company:
             waiting = list(self._read(packet, taken))
             while waiting:
                 # What a member before it may decide waits until that is recorded.
                 now, waiting = _apart(waiting, self._pipeline)
-                taken += _Round(self._pipeline, lambda: self._stopping() or time.monotonic() > until).handle(now)
+                part = _Round(self._pipeline, self._stopping, until)
+                taken += part.handle(now)
+                until = part.until
         return taken
 
     def take_apart(self, packet: Packet) -> list[Taken]:
@@ -121,8 +124,10 @@ class Members:
 class _Round:
     """Some members at once, of which none decides on another."""
 
-    def __init__(self, pipeline: Pipeline, enough: Callable[[], bool]) -> None:
-        self._pipeline, self._enough = pipeline, enough
+    def __init__(self, pipeline: Pipeline, stopping: Callable[[], bool], until: float | None) -> None:
+        self._pipeline, self._stopping = pipeline, stopping
+        #: When it is enough; None: nothing has begun yet.
+        self.until = until
         self._outcomes: dict[int, Outcome] = {}
         #: Those that are handled and not recorded yet.
         self._ended: list[tuple[int, Settlement]] = []
@@ -130,10 +135,15 @@ class _Round:
 
     def handle(self, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Taken]:
         begun = _begin(self._pipeline, pairs)
+        if self.until is None:
+            # From here on: were the first one left because it took long to claim them, nobody would ever begin.
+            self.until = time.monotonic() + _ENOUGH
         works = deque((number, work) for number, work in enumerate(begun) if isinstance(work, Work))
         left: set[int] = set()
         try:
             self._run(works, left)
+        except points.Crash:
+            raise  # as of a process that is gone, nothing comes after it
         except BaseException:
             # This process is being ended: what is done is kept, what is not begun goes back.
             self._give_back(works)
@@ -163,6 +173,9 @@ class _Round:
                         self._ended.append((number, ended))
                     now = time.monotonic()
             self._settle()
+
+    def _enough(self) -> bool:
+        return self._stopping() or (self.until is not None and time.monotonic() > self.until)
 
     def _settle_early(self) -> None:
         try:
