@@ -8,6 +8,7 @@ a newer version may add are passed over, in a member as in the header.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -71,6 +72,12 @@ _decode = msgspec.json.Decoder(_Body).decode
 _decode_names = msgspec.json.Decoder(_NamedBody).decode
 _decode_raw = msgspec.json.Decoder(_RawBody).decode
 _decode_member = msgspec.json.Decoder(Member).decode
+
+#: What tells the parts of JSON from each other: strings as a whole, commas, runs of brackets. A quote alone has no end:
+#: nothing after it is known.
+_TOKEN: Final = re.compile(rb'"(?>[^"\\]+|\\.)*+"|"|,|[\[{]+|[\]}]+', re.DOTALL)
+#: How deep the members lie in a body: in its list, its arguments, and the second of these.
+_DEPTH: Final = 3
 
 
 def is_bulk(task: object) -> bool:
@@ -182,7 +189,52 @@ def _read_each(raw: bytes) -> tuple[str, list[Member]]:
         (topic, found), _, _ = msgspec.convert(json.loads(raw), _LooseBody)
         return topic, [_member(one, _convert_member) for one in found]
     except (ValueError, RecursionError):  # what msgspec raises is a ValueError too
+        pass
+    try:
+        # One of them is nested too deep for any decoder, or is no JSON.
+        frame, parts = _split(raw)
+        (topic, _), _, _ = _decode_raw(frame)
+    except (ValueError, RecursionError):
         raise error from error.__cause__
+    return topic, [_member_of_bytes(part) for part in parts]
+
+
+def _split(raw: bytes) -> tuple[bytes, list[bytes]]:
+    """Return a body without its members, and the bytes of each, by nothing but its brackets, commas and quotes.
+
+    Raises:
+        ValueError: it has no place for members, or no end of it.
+    """
+    depth, begin, start = 0, -1, -1
+    parts: list[bytes] = []
+    for found in _TOKEN.finditer(raw):
+        token, size = found[0], found.end() - found.start()
+        if token == b'"':
+            break
+        if token[0] in b"[{":
+            if begin < 0 and depth < _DEPTH <= depth + size:
+                begin = start = found.start() + _DEPTH - depth
+            depth += size
+        elif token[0] in b"]}":
+            depth -= size
+            if begin >= 0 and depth < _DEPTH:
+                end = found.end() - (_DEPTH - depth)
+                return raw[:begin] + raw[end:], [*parts, raw[start:end].strip()]
+        elif token == b"," and depth == _DEPTH and begin >= 0:
+            parts.append(raw[start : found.start()].strip())
+            start = found.end()
+    raise ValueError("the members have no end")
+
+
+def _member_of_bytes(part: bytes) -> Member:
+    try:
+        return _decode_member(part)
+    except (ValueError, RecursionError) as exc:
+        error = exc
+    try:
+        return _convert_member(json.loads(part))
+    except (ValueError, RecursionError):
+        return StrangeMember(wire.bytes_id(part), "", msgspec.Raw(part), error=str(error)[:500])
 
 
 def _member(one: Any, read: Callable[[Any], Member]) -> Member:
