@@ -12,15 +12,20 @@ import os
 import random
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
+from watch_tasks import MessageError
+from watch_tasks.queue import bulk
+
 from ..servers import RedisServer
+from ..worker.packets import push_body
 from ..workers import Site, until
+from .harness import leftovers
 
 pytestmark = pytest.mark.worker
 
@@ -131,9 +136,9 @@ def run_mutants(site: Site, server: RedisServer, count: int, seed: int) -> tuple
     return len(pushed), ended
 
 
-def check(site: Site, different: int, ended: dict[str, int]) -> None:
+def check(site: Site, different: int, ended: dict[str, int], tolerance: float = 0.005) -> None:
     # Those that were cut short before their ids may be alike, and are one dead letter then; so are those of one id.
-    assert different * 0.995 <= sum(ended.values()) <= different * 1.005
+    assert different * (1 - tolerance) <= sum(ended.values()) <= different * (1 + tolerance)
     for letter in site.storage.dead():
         assert letter.raw is not None or letter.data is not None, letter
         assert letter.error
@@ -154,6 +159,75 @@ def test_many_mutants(fuzzed: Site, valkey: RedisServer) -> None:
     seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 10**6)
     count = int(os.environ.get("CHAOS_MUTANTS", "100000"))
     check(fuzzed, *run_mutants(fuzzed, valkey, count, seed))
+
+
+def packets(chance: random.Random, count: int) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Yield ids, bodies and headers of what is nearly a packet; each member has an id of its own before."""
+    for number in range(count):
+        id = f"p{number}"
+        parts: list[Any] = [[f"{id}-{place}", f"i{number}-{place}", {"n": place}, None] for place in range(3)]
+        headers: dict[str, Any] = {}
+        kind = chance.choice(("nothing", "member", "field", "field", "more", "list", "bytes", "bytes", "cut", "header"))
+        if kind == "member":
+            parts[chance.randrange(3)] = chance.choice(VALUES)
+        elif kind == "field":
+            parts[chance.randrange(3)][chance.randrange(4)] = chance.choice(VALUES)
+        elif kind == "more":
+            name = chance.choice(("copy", "retries", "handled", "max_retries", "once", "sent_at"))
+            parts[chance.randrange(3)][3] = {name: chance.choice(VALUES)}
+        elif kind == "list":
+            parts = chance.choice(VALUES)
+        elif kind == "header":
+            headers["watch"] = chance.choice(VALUES)
+        body = json.dumps([["probe", parts], {}, None]).encode()
+        if kind == "bytes":
+            spoilt = bytearray(body)
+            for _ in range(chance.choice((1, 1, 1, 2, 5))):
+                spoilt[chance.randrange(len(spoilt))] = chance.randrange(256)
+            body = bytes(spoilt)
+        elif kind == "cut":
+            body = body[: chance.randrange(len(body))]
+        yield id, body, headers
+
+
+def run_packets(site: Site, server: RedisServer, count: int, seed: int) -> tuple[int, dict[str, int]]:
+    """Return how many messages and letters there ought to be, and what became of them."""
+    print(f"seed={seed}")
+    worker = site.worker("--prefetch-multiplier", "8", concurrency=2)
+    children, expected = set(worker.children()), 0
+    own = {"version": 1, "sent_at": "2026-01-02T03:04:05+00:00"}
+    with server.client() as client:
+        for number, (id, body, headers) in enumerate(packets(random.Random(seed), count)):
+            push_body(server, body, id, **headers)
+            try:
+                packet = bulk.read(body, {"id": id, "watch": own, **headers})
+                expected += len(packet.members) + len(packet.spoilt)
+            except MessageError:
+                expected += 1
+            if number % BATCH == BATCH - 1 or number == count - 1:
+                until(lambda: not leftovers(client), "all are settled", 120, site.report)
+    assert worker.is_running(), worker.text()[-3000:]
+    assert set(worker.children()) == children, "a child of the pool was lost"
+    counters = [site.storage.counters(name) for name in site.storage.topics()]
+    ended = {
+        "handled": sum(one.handled for one in counters),
+        "dead": sum(1 for _ in site.storage.dead()),
+        "duplicates": sum(one.duplicates for one in counters),
+    }
+    print(f"seed={seed} packets={count} expected={expected} {ended}")
+    return expected, ended
+
+
+def test_a_few_mutants_of_packets(fuzzed: Site, valkey: RedisServer) -> None:
+    seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 10**6)
+    check(fuzzed, *run_packets(fuzzed, valkey, 200, seed), tolerance=0.02)
+
+
+@pytest.mark.chaos
+def test_many_mutants_of_packets(fuzzed: Site, valkey: RedisServer) -> None:
+    seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 10**6)
+    count = int(os.environ.get("CHAOS_MUTANTS", "20000"))
+    check(fuzzed, *run_packets(fuzzed, valkey, count, seed), tolerance=0.02)
 
 
 def bombs(site: Site, server: RedisServer, rounds: int) -> list[str]:
