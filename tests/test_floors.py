@@ -31,6 +31,7 @@ FLOORS: Final = {
     "company": 3,
     "patience": 3,
     "runner": 3,
+    "batches": 3,
     "leases": 3,
     "watcher": 3,
     "storage": 2,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from watch_tasks import (
+    BatchAnswer,
     Message,
     MessageError,
     QueueFullError,
@@ -22,7 +23,7 @@ from watch_tasks import (
     topic,
 )
 from watch_tasks.registry import registry
-from watch_tasks.topics import DAY, Topic
+from watch_tasks.topics import DAY, BatchHandler, Topic
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,54 @@ class TestHandlers:
 
         with pytest.raises(TypeError, match="topic `t`: handler `steps` must not yield"):
             Topic("t").handler(steps)
+
+
+class TestBatchHandler:
+    def test_it_is_the_one_handler_of_its_topic(self, bound: Topic[Any]) -> None:
+        @bound.batch_handler(size=50, seconds=0.2)
+        def store(messages: list[Message[Any]]) -> None: ...
+
+        assert bound.batch == BatchHandler("store", store, 50, 0.2)
+        assert bound.handlers == (bound.batch,)
+
+    def test_bare_it_gets_a_hundred_and_waits_a_second(self, bound: Topic[Any]) -> None:
+        @bound.batch_handler
+        async def store(messages: list[Message[Any]]) -> BatchAnswer:
+            return None
+
+        assert bound.batch == BatchHandler("store", store, 100, 1.0)
+
+    def test_its_name_may_be_given(self, bound: Topic[Any]) -> None:
+        bound.batch_handler(name="kept")(lambda messages: None)
+        assert bound.batch
+        assert bound.batch.name == "kept"
+
+    def test_beside_it_there_is_no_other(self, bound: Topic[Any]) -> None:
+        bound.batch_handler(name="first")(lambda messages: None)
+        with pytest.raises(TopicError, match="has a handler `first` already, so it can have no `print`: a topic has"):
+            bound.handler(print)
+        with pytest.raises(TopicError, match="so it can have no `second`"):
+            bound.batch_handler(name="second")(lambda messages: None)
+
+    def test_plain_handlers_leave_no_place_for_it(self, bound: Topic[Any]) -> None:
+        bound.handler(print)
+        assert bound.batch is None
+        with pytest.raises(TopicError, match="has a handler `print` already, so it can have no `second`"):
+            bound.batch_handler(name="second")(lambda messages: None)
+
+    def test_a_transactional_topic_cannot_have_one(self) -> None:
+        with pytest.raises(TopicError, match="topic `t` is transactional and can have no batch handler"):
+            Topic("t", transactional=True).batch_handler(lambda messages: None)
+
+    @pytest.mark.parametrize("size", [0, -1, True, 1.5, "9"])
+    def test_a_size_is_a_whole_number_above_0(self, bound: Topic[Any], size: Any) -> None:
+        with pytest.raises(ValueError, match="topic `t`: `size` must be a whole number above 0"):
+            bound.batch_handler(size=size)
+
+    @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan")])
+    def test_seconds_are_0_or_more(self, bound: Topic[Any], seconds: float) -> None:
+        with pytest.raises(ValueError, match="topic `t`: `seconds` must be 0 or more"):
+            bound.batch_handler(seconds=seconds)
 
 
 class TestRules:

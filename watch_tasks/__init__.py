@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     ConfigurationError,
     DeadLetterError,
+    HandlerAnswerError,
     HandlerExitError,
     HandlerTimeoutError,
     HandlerTransactionError,
@@ -51,7 +52,7 @@ from .registry import registry
 from .retry import RetryPolicy
 from .schema import Schema
 from .sending import Outlet, Sender, SendReport, Verdict
-from .topics import Topic, topic
+from .topics import BatchAnswer, Topic, topic
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -69,6 +70,7 @@ __version__ = "0.1.0"
 # `app` is public as well, but a star import should not build it.
 __all__ = [  # noqa: RUF022 - grouped by theme
     # messages and topics
+    "BatchAnswer",
     "Indexer",
     "Message",
     "Once",
@@ -111,6 +113,7 @@ __all__ = [  # noqa: RUF022 - grouped by theme
     # errors
     "ConfigurationError",
     "DeadLetterError",
+    "HandlerAnswerError",
     "HandlerExitError",
     "HandlerTimeoutError",
     "HandlerTransactionError",

@@ -20,6 +20,7 @@
     ├── NotFoundError             nothing is kept under that index or id
     ├── HandlerTimeoutError       a handler ran past its topic's timeout
     ├── HandlerExitError          a handler tried to end the process (`sys.exit()`)
+    ├── HandlerAnswerError        a batch handler answered in a way that tells nothing of its messages
     ├── HandlerTransactionError   a handler ended its transaction, or left one that cannot be committed
     └── DeadLetterError           why a message became a dead letter, where no handler's error says it
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigurationError",
     "DeadLetterError",
+    "HandlerAnswerError",
     "HandlerExitError",
     "HandlerTimeoutError",
     "HandlerTransactionError",
@@ -175,6 +177,10 @@ class HandlerTimeoutError(WatchTasksError, TimeoutError):
 
 class HandlerExitError(WatchTasksError):
     """A handler tried to end the process it runs in; it was counted as a failure instead."""
+
+
+class HandlerAnswerError(WatchTasksError, TypeError):
+    """A batch handler returned what is no answer for the messages it was given; it counts as failed."""
 
 
 class HandlerTransactionError(WatchTasksError):

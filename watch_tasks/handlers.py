@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
@@ -49,10 +49,11 @@ def run_handler(
     message: Message[Any],
     seconds: float | None,
     *,
+    batch: Sequence[Message[Any]] | None = None,
     interrupts: Interrupts = lambda error: False,
     kill_after: float | None = None,
-) -> None:
-    """Run a handler to its end, or to its deadline.
+) -> Any:
+    """Run a handler to its end, or to its deadline, and return what it returned.
 
     An async handler is cancelled on time everywhere. A sync one is cut off in the main thread (prefork, solo);
     in another thread it cannot be: it is reported at its deadline, and counts as timed out when it returns.
@@ -61,6 +62,7 @@ def run_handler(
         handler: the handler.
         message: what it gets.
         seconds: what is left of the topic's timeout; None: no limit.
+        batch: what a batch handler gets; the message is its first.
         interrupts: which exceptions are the driver's own; they pass as they are.
         kill_after: seconds past the deadline after which the process is ended, for a handler that cannot even be
             cut off; only for processes that somebody replaces.
@@ -72,12 +74,13 @@ def run_handler(
     """
     started = time.monotonic()
     forks = _forks
+    given = message if batch is None else list(batch)
     try:
         if seconds is None:
-            _call(handler, message, None)
+            result = _call(handler, given, message, None)
         else:
             with _deadline(handler, message, seconds, kill_after):
-                _call(handler, message, seconds)
+                result = _call(handler, given, message, seconds)
     except Exception:
         raise
     except BaseException as exc:
@@ -92,16 +95,18 @@ def run_handler(
             os._exit(1 if sys.exc_info()[0] else 0)
     if seconds is not None and time.monotonic() - started > seconds:
         raise _timed_out(handler, message, seconds)
+    return result
 
 
-def _call(handler: Handler, message: Message[Any], seconds: float | None) -> None:
-    result = handler.function(message)
+def _call(handler: Handler, given: Any, message: Message[Any], seconds: float | None) -> Any:
+    result = handler.function(given)
     if result is None:
-        return
+        return None
     if inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise TypeError(f"handler `{handler.name}` is a generator, of which nothing was run: it must not yield")
     if inspect.isawaitable(result):
-        _await(result, seconds, lambda left: _timed_out(handler, message, left))
+        return _await(result, seconds, lambda left: _timed_out(handler, message, left))
+    return result
 
 
 def _timed_out(handler: Handler, message: Message[Any], seconds: float) -> HandlerTimeoutError:
@@ -162,13 +167,13 @@ def close_loop() -> None:
         runner.close()
 
 
-def _await(result: Awaitable[Any], seconds: float | None, error: Callable[[float], BaseException]) -> None:
+def _await(result: Awaitable[Any], seconds: float | None, error: Callable[[float], BaseException]) -> Any:
     if seconds is not None and threading.current_thread() is threading.main_thread():
         # The loop cancels on time; the alarm is for handlers that block the loop.
         signal.setitimer(signal.ITIMER_REAL, seconds + _AGAIN, _AGAIN)
     runner = _loops.runner = _loops.runner or asyncio.Runner()
     try:
-        runner.run(_bounded(result, seconds, error))
+        return runner.run(_bounded(result, seconds, error))
     except BaseException as exc:
         if isinstance(exc, HandlerTimeoutError) or not isinstance(exc, Exception):
             # A cut from outside may have left the loop in the middle of something.
@@ -177,11 +182,11 @@ def _await(result: Awaitable[Any], seconds: float | None, error: Callable[[float
         raise
 
 
-async def _bounded(result: Awaitable[Any], seconds: float | None, error: Callable[[float], BaseException]) -> None:
+async def _bounded(result: Awaitable[Any], seconds: float | None, error: Callable[[float], BaseException]) -> Any:
     mine = asyncio.current_task()
     try:
         async with asyncio.timeout(seconds) as scope:
-            await result
+            return await result
     except TimeoutError:
         if seconds is not None and scope.expired():
             raise error(seconds) from None

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from . import points
+from .batches import Batches
 from .company import Company
 from .errors import DeadLetterError, MessageError, SchemaError, StorageUnavailableError
 from .handlers import Interrupts
@@ -80,8 +81,10 @@ class Pipeline:
         self._lease = lease
         self._max_crashes = max_crashes
         self._unknown_grace = unknown_grace
+        self._stopping = stopping
         self._patiently = Patience(stopping, pause)
         self._runner = Runner(storage, worker, self._patiently, stopping, interrupts, kill_after)
+        self._batches = Batches(self._runner, storage, self.settle, stopping, interrupts, kill_after)
         self._nonces = itertools.count()
         self._unknown: OrderedDict[str, float] = OrderedDict()
         #: Who is at work in this process.
@@ -97,7 +100,16 @@ class Pipeline:
         """Take several all the way: claimed in one round trip, handled in order, settled in one round trip.
 
         The last try of a message that took workers down runs alone in its process, so that nobody else dies of it.
+        Messages of a topic with a batch handler are claimed, handled and settled in batches of its size, and those of
+        them that took a worker down, each by itself.
         """
+        batched: dict[str, list[int]] = {}
+        for number, message in enumerate(messages):
+            topic = self._find(message.topic)
+            if topic is not None and topic.batch is not None:
+                batched.setdefault(message.topic, []).append(number)
+        if batched:
+            return self._handle_batched(messages, batched)
         with self.company:
             begun = self.begin(messages)
             works = {number: work for number, work in enumerate(begun) if isinstance(work, Work)}
@@ -119,14 +131,71 @@ class Pipeline:
             # handler had in hand, memory and open files, until the collector finds the ring.
             del settlements, settled
 
+    def _handle_batched(self, messages: Sequence[Message[Any]], batched: dict[str, list[int]]) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        for name, numbers in batched.items():
+            topic = self._find(name)
+            handler = topic.batch if topic else None
+            # One crash is one too many: nobody can have company.
+            size = handler.size if handler and self._max_crashes > 1 else 1
+            for start in range(0, len(numbers), size):
+                part = numbers[start : start + size]
+                outcomes.update(zip(part, self._handle_batch([messages[number] for number in part]), strict=True))
+        rest = [number for number in range(len(messages)) if number not in outcomes]
+        if rest:
+            outcomes.update(zip(rest, self.handle_many([messages[number] for number in rest]), strict=True))
+        try:
+            return [outcomes[number] for number in range(len(messages))]
+        finally:
+            del outcomes  # see `handle_many`
+
+    def _handle_batch(self, messages: Sequence[Message[Any]]) -> list[Outcome]:
+        """Take the messages of one call all the way."""
+        if self._stopping():
+            return [Busy(0.0)] * len(messages)
+        outcomes: dict[int, Outcome] = {}
+        with self.company:
+            begun = self.begin(messages)
+            works = {number: work for number, work in enumerate(begun) if isinstance(work, Work)}
+            apart = {number: work for number, work in works.items() if work.crashes}
+            is_last = {number for number, work in apart.items() if work.crashes == self._max_crashes - 1}
+            if len(works) == len(apart) == 1 and (not is_last or self.company.stay_alone()):
+                apart = {}
+            # Let go of before anything runs: should a neighbour end the process, they must not count as started.
+            if apart:
+                self.settle([Settlement(work.commit(Step.RELEASED), Busy(0.0)) for work in apart.values()])
+            together = [number for number in works if number not in apart]
+            handled = self._batches.handle([works[number] for number in together])
+            outcomes.update(zip(together, handled, strict=True))
+        for number in apart:
+            outcomes[number] = self._handle_apart(messages[number], number in is_last)
+        try:
+            return [work if isinstance(work, Outcome) else outcomes[number] for number, work in enumerate(begun)]
+        finally:
+            del outcomes, handled  # see `handle_many`
+
+    def _handle_apart(self, message: Message[Any], is_last: bool) -> Outcome:
+        """Take a message that took a worker down all the way: claimed now, and in no call with others."""
+        if self._stopping():
+            return Busy(0.0)
+        if not is_last:
+            with self.company:
+                return self._handle_one(message)
+        return self._handle_alone(message)
+
     def _handle_alone(self, message: Message[Any]) -> Outcome:
         if not self.company.enter_alone(_ALONE):
             return Busy(_ALONE)
         try:
-            (work,) = self.begin((message,))
-            return work if isinstance(work, Outcome) else self.settle([self.run(work)])[0]
+            return self._handle_one(message)
         finally:
             self.company.__exit__()
+
+    def _handle_one(self, message: Message[Any]) -> Outcome:
+        (work,) = self.begin((message,))
+        if isinstance(work, Outcome):
+            return work
+        return self._batches.handle([work])[0] if work.topic.batch else self.settle([self.run(work)])[0]
 
     def begin(
         self, messages: Sequence[Message[Any]], *, plains: Sequence[bytes] = (), started: bool = True

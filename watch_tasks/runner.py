@@ -94,7 +94,7 @@ class Runner:
             try:
                 ended = step(delivery, handler, number + 1 == len(delivery.left))
             except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here
-                return self._failed(work, handler.name, exc, time.monotonic() - begun, delivery.notes)
+                return self.failed(work, handler.name, exc, time.monotonic() - begun, delivery.notes)
             except BaseException:
                 # Where nobody stops the worker, its handler brought this upon its process: that counts as a crash.
                 if self._stopping() and not delivery.is_unsure:
@@ -133,9 +133,12 @@ class Runner:
         delivery.notes.append(("handler", told))
 
     def _handled(self, delivery: _Delivery) -> Commit:
-        work, spent = delivery.work, delivery.spent()
+        return self.handled(delivery.work, delivery.spent(), delivery.notes)
+
+    def handled(self, work: Work, spent: float, notes: _Notes) -> Commit:
+        """Return the commit of a message whose handlers have all finished, in so many seconds."""
         told = work.note(retries=work.progress.retries, seconds=spent, worker=self._worker)
-        return work.commit(Step.HANDLED, work.record(spent), [*delivery.notes, ("handled", told)])
+        return work.commit(Step.HANDLED, work.record(spent), [*notes, ("handled", told)])
 
     def _mark(self, delivery: _Delivery) -> Settlement | None:
         """Store that a handler finished, before the next one starts; a Settlement means: do not go on."""
@@ -189,7 +192,8 @@ class Runner:
 
     # -- what becomes of a message whose handler failed
 
-    def _failed(self, work: Work, handler: str, error: Exception, seconds: float, notes: _Notes) -> Settlement:
+    def failed(self, work: Work, handler: str, error: Exception, seconds: float, notes: _Notes) -> Settlement:
+        """Decide what becomes of a message whose handler raised this: a later time, or a dead letter."""
         if isinstance(error, Snooze):
             notes.append(("snoozed", work.note(handler=handler, seconds=error.seconds)))
             return self._later(work, Step.SNOOZED, error.seconds, Snoozed(error.seconds, work.carrier()), notes)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar, overload
+from typing import Any, Final, Generic, TypeAlias, TypeVar, overload
 
 from msgspec.structs import replace
 
@@ -24,6 +24,8 @@ from .sending import Outlet, Sender, SendReport, Verdict, send_all
 
 __all__ = [
     "WEEK",
+    "BatchAnswer",
+    "BatchHandler",
     "Handler",
     "Topic",
     "check_topic",
@@ -32,6 +34,7 @@ __all__ = [
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+B = TypeVar("B", bound="Callable[..., BatchAnswer | Awaitable[BatchAnswer]]")
 
 #: Seconds in a week: how long records are kept by default, as a Celery result backend would (there: one day).
 WEEK: Final = 604800.0
@@ -40,13 +43,28 @@ DAY: Final = 86400.0
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 
+#: What a batch handler returns. None: every message is handled. A sequence as long as the one it was given: None or an
+#: exception for each message, in its order. A mapping of message ids: those that failed, and why. `Snooze` and
+#: `Discard` are given like any exception.
+BatchAnswer: TypeAlias = "Sequence[Exception | None] | Mapping[str, Exception | None] | None"
+
 
 @dataclass(frozen=True, slots=True)
 class Handler:
     """One step of a topic: a callable that takes the message, under a name that is stored."""
 
     name: str
-    function: Callable[[Message[Any]], Any]
+    function: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchHandler(Handler):
+    """The one step of a topic whose messages are handled many at a time: its callable takes a list of them."""
+
+    #: Messages that one call gets at most.
+    size: int
+    #: Seconds that the first message of a batch waits for others.
+    seconds: float
 
 
 def check_topic(name: object) -> str:
@@ -128,25 +146,85 @@ class Topic(Generic[T]):
             The function, unchanged.
 
         Raises:
-            TopicError: the topic has a handler of that name.
+            TopicError: the topic has a handler of that name, or a batch handler.
         """
-        if function is None:
-            return lambda function: self._add(function, name)
-        return self._add(function, name)
 
-    def _add(self, function: F, name: str | None) -> F:
+        def add(function: F) -> F:
+            self._add(Handler(name or _name_of(self._checked(function)), function))
+            return function
+
+        return add if function is None else add(function)
+
+    @overload
+    def batch_handler(self, function: B, /) -> B: ...
+    @overload
+    def batch_handler(
+        self, function: None = None, /, *, size: int = 100, seconds: float = 1.0, name: str | None = None
+    ) -> Callable[[B], B]: ...
+
+    def batch_handler(
+        self, function: B | None = None, /, *, size: int = 100, seconds: float = 1.0, name: str | None = None
+    ) -> B | Callable[[B], B]:
+        """Handle messages many at a time, by one function, sync or async, that takes a list of them.
+
+        It returns a `BatchAnswer`: None when every message is handled, else what became of each. When it raises, the
+        call counts as failed, and is repeated with halves of its messages until those that fail stand alone; see
+        docs/batches.md. `Snooze` raised is a verdict on all of them. The topic's timeout is that of one call.
+
+        Args:
+            function: the handler, where it is used as `@t.batch_handler`.
+            size: messages that one call gets at most.
+            seconds: how long the first message of a batch waits for others, at most.
+            name: as that of a plain handler: stored with unfinished messages.
+
+        Returns:
+            The function, unchanged.
+
+        Raises:
+            TopicError: the topic has a handler already, or is transactional.
+            ValueError: a number is out of its range.
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"topic `{self.name}`: `size` must be a whole number above 0, got {size!r}")
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"topic `{self.name}`: `seconds` must be 0 or more, got {seconds!r}")
+
+        def add(function: B) -> B:
+            if self.transactional:
+                raise TopicError(
+                    f"topic `{self.name}` is transactional and can have no batch handler: a transaction is that of "
+                    "one message; give it plain handlers, or leave out `transactional`"
+                )
+            self._add(BatchHandler(name or _name_of(self._checked(function)), function, size, seconds))
+            return function
+
+        return add if function is None else add(function)
+
+    @property
+    def batch(self) -> BatchHandler | None:
+        """Its batch handler, where it has one."""
+        handler = self.handlers[0] if self.handlers else None
+        return handler if isinstance(handler, BatchHandler) else None
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if not callable(function):
             raise TypeError(f"topic `{self.name}`: a handler must be callable, got {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"topic `{self.name}`: handler `{_name_of(function)}` must not yield: nothing would run it")
-        handler = Handler(name or _name_of(function), function)
+        return function
+
+    def _add(self, handler: Handler) -> None:
+        if self.handlers and (self.batch or isinstance(handler, BatchHandler)):
+            raise TopicError(
+                f"topic `{self.name}` has a handler `{self.handlers[0].name}` already, so it can have no "
+                f"`{handler.name}`: a topic has plain handlers, or one batch handler and no other"
+            )
         if any(handler.name == other.name for other in self.handlers):
             raise TopicError(
                 f"topic `{self.name}` has a handler `{handler.name}` already; "
                 'give the second another name: @topic.handler(name="…")'
             )
         self.handlers += (handler,)
-        return function
 
     def bind(self, outlet: Outlet) -> None:
         """Send through this outlet from now on. The last call wins."""
