@@ -165,7 +165,7 @@ class Pipeline:
             if apart:
                 self.settle([Settlement(work.commit(Step.RELEASED), Busy(0.0)) for work in apart.values()])
             together = [number for number in works if number not in apart]
-            handled = self._batches.handle([works[number] for number in together])
+            handled = self.run_batch([works[number] for number in together])
             outcomes.update(zip(together, handled, strict=True))
         for number in apart:
             outcomes[number] = self._handle_apart(messages[number], number in is_last)
@@ -195,7 +195,7 @@ class Pipeline:
         (work,) = self.begin((message,))
         if isinstance(work, Outcome):
             return work
-        return self._batches.handle([work])[0] if work.topic.batch else self.settle([self.run(work)])[0]
+        return self.run_batch([work])[0] if work.topic.batch else self.settle([self.run(work)])[0]
 
     def begin(
         self, messages: Sequence[Message[Any]], *, plains: Sequence[bytes] = (), started: bool = True
@@ -222,6 +222,10 @@ class Pipeline:
     def run(self, work: Work) -> Settlement:
         """Run the handlers that have not finished yet, and decide. Nothing counts until `settle`."""
         return self._runner.run(work)
+
+    def run_batch(self, works: Sequence[Work]) -> list[Outcome]:
+        """Call the batch handler of their topic, for as many as one call may get, and settle what becomes of each."""
+        return self._batches.handle(works)
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         """Store what became of messages in one round trip; only then it counts.

@@ -31,7 +31,10 @@ from watch_tasks import (
     Snooze,
     Snoozed,
 )
+from watch_tasks.members import Members, Taken
+from watch_tasks.packets import Packet, member_of
 from watch_tasks.pipeline import Pipeline
+from watch_tasks.schema import dump
 from watch_tasks.storage import Storage
 from watch_tasks.testing import ManualClock
 from watch_tasks.topics import Topic
@@ -564,6 +567,52 @@ class TestCrashes:
 
         with pytest.raises(SystemExit):
             batch_pipeline(storage, store, settings={"interrupts": lambda error: True}).handle_many(messages)
+
+
+class TestPackets:
+    """The members of a packet are in hand together: of a topic with a batch handler, so they are handled."""
+
+    def handle(self, pipeline: Pipeline, messages: Batch, *, stopping: bool = False) -> list[Taken]:
+        packet = Packet("t", [member_of(message, dump(message.data)) for message in messages])
+        return Members(pipeline, lambda: stopping).handle(packet)
+
+    def test_members_are_called_in_batches(self, storage: TroubledStorage) -> None:
+        calls = Calls(4)
+        taken = self.handle(batch_pipeline(storage, calls, size=3), many(5))
+        assert kinds([one.outcome for one in taken]) == [Handled] * 4 + [Retry]
+        assert calls.seen == [[0, 1, 2], [3, 4], [3], [4]]
+        assert storage.log[0] == " ".join(["claim"] * 5)
+
+    def test_suspects_leave_as_singles(self, storage: Storage, clock: ManualClock) -> None:
+        calls, messages = Calls(), many(3)
+        batch_pipeline(storage, calls, worker="dead").begin(messages[:1])
+        clock.advance(LEASE + 1)
+
+        taken = self.handle(batch_pipeline(storage, calls), messages)
+
+        assert [(type(one.outcome), one.is_left) for one in taken] == [
+            (Busy, False),
+            (Handled, False),
+            (Handled, False),
+        ]
+        assert calls.seen == [[1, 2]]
+
+    def test_a_stop_leaves_what_no_call_has_begun_with(self, storage: TroubledStorage) -> None:
+        calls = Calls()
+        taken = self.handle(batch_pipeline(storage, calls), many(3), stopping=True)
+        assert [(one.outcome, one.is_left) for one in taken] == [(Busy(0.0), True)] * 3
+        assert calls.seen == []
+
+    def test_an_interrupted_call_gives_back_what_it_has_not_begun_with(self, storage: TroubledStorage) -> None:
+        def store(batch: Batch) -> None:
+            if batch[0].data == 2:
+                raise SystemExit(-241)
+
+        settings = {"interrupts": lambda error: True, "stopping": lambda: True}
+        pipeline = batch_pipeline(storage, store, size=2, settings=settings)
+        with pytest.raises(SystemExit):
+            self.handle(pipeline, many(6))
+        assert storage.log[1:] == ["handled handled", "released released", "released released"]
 
 
 @pytest.fixture

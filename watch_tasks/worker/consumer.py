@@ -24,6 +24,7 @@ from ..queue.item import NO_ENVELOPE
 from ..registry import registry
 from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
+from .collecting import Collector
 from .runtime import runtime_of
 from .settings import transport_leases
 
@@ -37,6 +38,9 @@ _GARBAGE: Final = (KeyError, ValueError, TypeError, AttributeError, IndexError, 
 
 #: Seconds until burying is tried again while the storage is away; the message stays unacked.
 _AGAIN: Final = 2.0
+
+#: Schemes of RabbitMQ.
+_AMQP: Final = ("amqp", "amqps", "pyamqp")
 
 #: Bytes that a message may have besides its data.
 _ENVELOPE: Final = 65_536
@@ -59,6 +63,18 @@ class WatchConsumer(Consumer):
             for name in {topic.queue for topic in topics if topic.queue}:
                 queues.select_add(queues[name])
         super().__init__(*args, app=app, pool=pool, hostname=hostname, **options)
+        #: Room for what is collected, in addition to what Celery's settings say.
+        self._collected = 0
+        if self.runtime.settings.broker_url.partition("://")[0] in _AMQP and self.initial_prefetch_count:
+            # Quorum queues read the limit once, when a consumer begins.
+            sizes = [topic.batch.size for topic in topics if topic.batch]
+            self._collected = max(sizes, default=0) * ((pool.limit or 1) + 1)
+            self.initial_prefetch_count += self._collected
+        self.collector = Collector(self, self.runtime, raises_limit=not self._collected)
+
+    @property
+    def max_prefetch_count(self) -> int:
+        return int(super().max_prefetch_count) + self._collected
 
     def start(self) -> None:
         self.runtime.stop.clear()
@@ -69,7 +85,13 @@ class WatchConsumer(Consumer):
     def stop(self) -> None:
         # A child that waits for a storage learns from this that it must not wait any longer.
         self.runtime.stop.set()
+        self.collector.let_go()
         super().stop()
+
+    def on_close(self) -> None:
+        # The connection was lost: Celery forgets what was not started.
+        self.collector.let_go()
+        super().on_close()
 
     def shutdown(self) -> None:
         super().shutdown()

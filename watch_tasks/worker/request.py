@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
@@ -28,7 +28,10 @@ from .outlet import WORKER_HEADER
 from .runtime import runtime_of
 from .task import SETTLED, Yielded
 
-__all__ = ["TopicRequest"]
+if TYPE_CHECKING:
+    from .batches import Batch
+
+__all__ = ["LOST", "TopicRequest", "error_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ logger = logging.getLogger(__name__)
 _AGAIN: Final = 2.0
 
 #: How a child of the prefork pool, or what Celery's own code in it raises, ends without our say.
-_LOST: Final = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt, MemoryError)
+LOST: Final = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt, MemoryError)
 
 
 class TopicRequest(Request):
@@ -48,9 +51,22 @@ class TopicRequest(Request):
         self.time_limits = (None, None)
         self._runtime = runtime_of(self.app)
         self._is_held = False
+        #: The batch in which it is handled.
+        self.batch: Batch | None = None
         #: What it claims.
         self._ids: Sequence[str] = (self.id,)
         self._request_dict[WORKER_HEADER] = [self._runtime.worker, self._runtime.pid]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether somebody has revoked or cancelled it."""
+        return bool(self._already_cancelled or self._already_revoked)
+
+    @property
+    def is_unclaimed(self) -> bool:
+        """Whether its message is handled without a claim, by its own rule or its topic's."""
+        message = self._read()
+        return ((message and message.once) or self.task.topic.once) == "none"
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if not self._is_held and not self.acknowledged:
@@ -67,13 +83,15 @@ class TopicRequest(Request):
         # Celery throws away like this what has an `eta` that is no time on this machine.
         is_lost = not requeue and not self.acknowledged
         if is_lost and not isinstance(self.bury(Reason.MALFORMED, "Celery cannot tell when it is due"), Dead):
-            self._put_back()
+            self.put_back()
         else:
             self._drop()
             super().reject(requeue)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         with _as_far_as_the_pool_can(self.id):
+            if self.batch:
+                self.batch.is_ended = True
             super().terminate(pool, signal)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
@@ -85,25 +103,23 @@ class TopicRequest(Request):
             super().on_timeout(soft, timeout)
         else:
             logger.error("hard time limit (%s s) exceeded by message %s", timeout, self.id)
-            self._lost(TimeLimitExceeded(timeout))
+            self.lost(TimeLimitExceeded(timeout))
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        error = exc_info.exception
-        if isinstance(error, ExceptionWithTraceback):
-            error = error.exc
+        error = error_of(exc_info)
         if isinstance(error, Yielded):
             state.task_ready(self)
             self._yield()
-        elif self._already_cancelled or self._already_revoked or _is_told(error):
+        elif self.is_over or _is_told(error):
             super().on_failure(exc_info, send_failed_event, return_ok)
-        elif isinstance(error, _LOST) or not isinstance(error, Exception):
-            self._lost(error)
+        elif isinstance(error, LOST) or not isinstance(error, Exception):
+            self.lost(error)
         elif isinstance(self.bury(Reason.MALFORMED, error), Dead):
             # Celery failed before or after our task did its part; buried once, if it was not settled.
             super().on_failure(exc_info, send_failed_event, return_ok)
         else:
             state.task_ready(self)
-            self._put_back()
+            self.put_back()
 
     def bury(self, reason: Reason, error: BaseException | str, *, crashes: int = 0) -> Outcome:
         """Make a dead letter of the message, unless its id is settled; the Outcome is Dead where it is kept."""
@@ -136,7 +152,7 @@ class TopicRequest(Request):
         else:
             state.task_ready(self)
             self._already_revoked = True
-            self._put_back()
+            self.put_back()
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # Its process is being ended, which is not its fault: at a cold stop, or because the connection was lost.
@@ -144,13 +160,19 @@ class TopicRequest(Request):
         self._drop()
         self._release()
 
-    def _lost(self, error: BaseException) -> None:
-        """Settle a message whose process ended under it: once more, unless it took too many processes with it."""
+    def lost(self, error: BaseException, crashes: int | None = None) -> None:
+        """Settle a message whose process ended under it: once more, unless it took too many processes with it.
+
+        Args:
+            error: how it ended.
+            crashes: how often its handler took a worker down, where its claim is released already.
+        """
         if self.acknowledged:
             return
         state.task_ready(self)
         settings = self._runtime.settings
-        crashes = self._count_crash()
+        if crashes is None:
+            crashes = self._count_crash()
         text = f"its handler took the worker down {crashes} times, the last time with {type(error).__name__}: {error}"
         if crashes >= settings.max_crashes and isinstance(self.bury(Reason.KILLED_WORKER, text, crashes=crashes), Dead):
             self.acknowledge()
@@ -167,14 +189,9 @@ class TopicRequest(Request):
 
     def _release(self, *, crashed: bool = False) -> int:
         """End this worker's claims, if it has any; return how often the handler took a worker down."""
-        try:
-            return max(self._runtime.storage.release(self._runtime.worker, self._ids, crashed=crashed), default=0)
-        except StorageError as exc:
-            # The lease ends by itself, and whoever takes over counts the crash.
-            logger.warning("could not release message %s: %s", self.id, exc)
-            return 0
+        return max(self._runtime.release(self._ids, crashed=crashed), default=0)
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
         """Have the message handed over again in a while: at once would be a hot loop while the storage is away."""
         logger.warning("message %s could not be buried, it is handed over again in %.2g s", self.id, _AGAIN)
         self._drop()
@@ -218,6 +235,13 @@ def _as_far_as_the_pool_can(id: str) -> Iterator[None]:
         yield
     except NotImplementedError:
         logger.warning("message %s runs on: this pool cannot end what runs", id)
+
+
+def error_of(exc_info: Any) -> BaseException:
+    """Return the error of which a pool tells."""
+    error = exc_info.exception
+    found: BaseException = error.exc if isinstance(error, ExceptionWithTraceback) else error
+    return found
 
 
 def _is_told(error: BaseException) -> bool:

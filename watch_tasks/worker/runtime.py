@@ -5,10 +5,12 @@ Each process opens its own: connections must not cross a fork.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Final
 from uuid import uuid4
@@ -16,6 +18,7 @@ from uuid import uuid4
 from celery import Celery
 from celery.worker import state
 
+from ..errors import StorageError
 from ..leases import LeaseKeeper
 from ..pipeline import Pipeline
 from ..registry import registry
@@ -24,6 +27,8 @@ from .outlet import CeleryOutlet
 from .settings import Settings, read_settings
 
 __all__ = ["Runtime", "runtime_of"]
+
+logger = logging.getLogger(__name__)
 
 _ATTRIBUTE: Final = "_watch_runtime"
 #: Exit codes of a child that a signal ends: billiard makes them -(256 - signal).
@@ -85,6 +90,23 @@ class Runtime:
         """Renews what this worker has in hand."""
         settings = self.settings
         return LeaseKeeper(self.storage, self.worker, lease=settings.lease, every=settings.renew_every)
+
+    def release(self, ids: Sequence[str], *, crashed: bool) -> list[int]:
+        """End this worker's claims on these ids, where it has any.
+
+        Args:
+            ids: of messages.
+            crashed: whether their handlers took a process down.
+
+        Returns:
+            How often the handler of each took a worker down; 0 where the storage is away.
+        """
+        try:
+            return list(self.storage.release(self.worker, ids, crashed=crashed)) if ids else []
+        except StorageError as exc:
+            # The leases end by themselves, and whoever takes over counts the crash.
+            logger.warning("could not release %d messages, such as %s: %s", len(ids), ids[0], exc)
+            return [0] * len(ids)
 
     def is_stopping(self) -> bool:
         """Whether the worker was asked to stop."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Final
 
 from celery import Celery, Task
@@ -22,7 +23,7 @@ from ..work import error_text
 from .outlet import WORKER_HEADER
 from .runtime import Runtime, runtime_of
 
-__all__ = ["SETTLED", "TopicTask", "Yielded", "register", "worker_of"]
+__all__ = ["SETTLED", "TopicTask", "Yielded", "decided", "register", "worker_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ _SHOWN: Final = 1024
 
 #: Seconds between two tries to publish a copy: the first, doubled up to the last.
 _PAUSES: Final = (0.1, 5.0)
+
+
+#: What became of the message whose task is run now, where it was handled together with others.
+decided: Final[ContextVar[Outcome | Reject | None]] = ContextVar("decided", default=None)
 
 
 class Yielded(Ignore):
@@ -51,6 +56,7 @@ class TopicTask(Task):
     topic: ClassVar[Topic[Any]]
 
     Request = "watch_tasks.worker.request:TopicRequest"
+    Strategy = "watch_tasks.worker.collecting:strategy"
     #: Its presence keeps Celery from wrapping `run` into retries of its own while `autoretry_for` stays readable.
     _orig_run = None
 
@@ -76,7 +82,9 @@ class TopicTask(Task):
             # The consumer reads every message before it hands it on: this one was called by hand.
             raise DeadLetterError(f"task `{self.name}` was called with what is no message: {exc}") from exc
         with self.settling():
-            outcome = pipeline.handle(message)
+            outcome = decided.get() or pipeline.handle(message)
+            if isinstance(outcome, Reject):
+                raise outcome
             self.publish(runtime, message, outcome)
         return _told(outcome)
 
