@@ -32,6 +32,7 @@ FLOORS: Final = {
     "patience": 3,
     "runner": 3,
     "batches": 3,
+    "collection": 3,
     "leases": 3,
     "watcher": 3,
     "storage": 2,

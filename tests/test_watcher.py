@@ -755,3 +755,82 @@ def test_a_delivery_that_is_no_message_may_come_from_any_queue(storage: MemorySt
 
     run(Watcher(Odd(), storage, watch(print)), Message(1, "t"))
     assert dead(storage) == [(Reason.MALFORMED, "odd")]
+
+
+class TestBatches:
+    """A topic with a batch handler is collected from the queue, by size and by time."""
+
+    @pytest.fixture
+    def calls(self) -> list[list[Any]]:
+        return []
+
+    def topics(self, calls: list[list[Any]], *, size: int = 10, seconds: float = 30.0) -> TopicHandler:
+        rows: Topic[Any] = Topic("rows", retry=RetryPolicy(max_retries=1))
+
+        @rows.batch_handler(size=size, seconds=seconds)
+        def store(messages: list[Message[Any]]) -> dict[str, Exception]:
+            calls.append([message.data for message in messages])
+            return {message.id: ValueError("no") for message in messages if message.data == "bad"}
+
+        plain: Topic[Any] = Topic("plain")
+        plain.handler(name="enter")(lambda message: calls.append(["plain", message.data]))
+        return TopicHandler({"rows": rows, "plain": plain})
+
+    def test_full_batches_do_not_wait(self, queue: MemoryQueue, storage: MemoryStorage, calls: list[list[Any]]) -> None:
+        for number in range(20):
+            queue.push(Message(number, "rows"))
+        run(Watcher(queue, storage, self.topics(calls)))
+        assert calls == [list(range(10)), list(range(10, 20))]
+        assert storage.len("rows") == 20
+
+    def test_the_first_waits_for_others_for_so_long(
+        self, queue: MemoryQueue, storage: MemoryStorage, calls: list[list[Any]]
+    ) -> None:
+        begun = time.monotonic()
+        run(Watcher(queue, storage, self.topics(calls, seconds=0.5)), *(Message(number, "rows") for number in range(3)))
+        assert calls == [[0, 1, 2]]
+        assert time.monotonic() - begun >= 0.5, "`wait` waits for what is collected too"
+
+    def test_other_topics_do_not_wait(self, queue: MemoryQueue, storage: MemoryStorage, calls: list[list[Any]]) -> None:
+        for name in ("rows", "plain", "rows", "plain"):
+            queue.push(Message(name, name))
+        run(Watcher(queue, storage, self.topics(calls, seconds=0.5)))
+        assert calls == [["plain", "plain"], ["plain", "plain"], ["rows", "rows"]]
+
+    def test_each_has_its_outcome(self, queue: MemoryQueue, storage: MemoryStorage, calls: list[list[Any]]) -> None:
+        run(
+            Watcher(queue, storage, self.topics(calls, size=3, seconds=0.2)),
+            *(Message(data, "rows") for data in ("a", "bad", "b")),
+        )
+        assert calls == [["a", "bad", "b"], ["bad"]]
+        assert dead(storage) == [(Reason.EXHAUSTED, "ValueError: no")]
+        assert storage.len("rows") == 2
+
+    def test_a_stop_puts_back_what_is_collected(
+        self, queue: MemoryQueue, storage: MemoryStorage, calls: list[list[Any]]
+    ) -> None:
+        watcher = Watcher(queue, storage, self.topics(calls))
+        with watcher:
+            for number in range(5):
+                queue.push(Message(number, "rows"))
+            deadline = time.monotonic() + PATIENCE
+            while queue.len() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert watcher.wait(0.3) is False
+        assert (queue.len(), calls) == (5, [])
+
+    def test_what_could_not_be_handled_comes_again_whole(
+        self, queue: MemoryQueue, storage: MemoryStorage, calls: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("watch_tasks.watcher._PAUSES", (0.05, 0.1))
+        watcher = Watcher(queue, storage, self.topics(calls, size=3, seconds=0.2))
+        handle_many, errors = watcher._pipeline.handle_many, [RuntimeError("a mistake of ours")]
+
+        def failing(messages: Sequence[Message[Any]]) -> Any:
+            if errors:
+                raise errors.pop()
+            return handle_many(messages)
+
+        monkeypatch.setattr(watcher._pipeline, "handle_many", failing)
+        run(watcher, *(Message(number, "rows") for number in range(3)))
+        assert sorted(data for call in calls for data in call) == [0, 1, 2]

@@ -10,8 +10,10 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, Self
 
+from .collection import Collection
 from .errors import ConfigurationError, QueueClosedError, TopicError
 from .handlers import close_loop
 from .leases import LeaseKeeper
@@ -150,6 +152,8 @@ class Watcher:
             stopping=self._stopping.is_set,
             pause=self._stopping.wait,
         )
+        #: What waits for others to be handled with.
+        self._collected: Collection[Delivery] = Collection()
         self._thread: threading.Thread | None = None
         self._idle = threading.Condition()
         #: Numbers of the newest `wait` that began, and of the newest that has seen the queue empty since.
@@ -280,15 +284,18 @@ class Watcher:
             timeout = _LOOK
             while not self._stopping.is_set():
                 delivery = self._look(timeout)
-                if delivery is None:
+                if delivery is not None:
+                    self._take(delivery)
+                elif not self._collected:
                     self._answer()
-                else:
-                    self._handle(delivery)
-                timeout = _LOOK if delivery is None else 0.0
+                for batch in self._collected.take_due():
+                    self._handle(batch)
+                timeout = self._collected.seconds(_LOOK) if delivery is None else 0.0
         except QueueClosedError:
             logger.error("watcher %s ends: its queue was closed", self.name)
         finally:
             self._stopping.set()
+            self._give_back()
             close_loop()
             self._release()
             self._close()
@@ -307,25 +314,53 @@ class Watcher:
                 self._answered = asked
                 self._idle.notify_all()
 
-    def _handle(self, delivery: Delivery) -> None:
-        id = delivery.message.id
-        self._leases.hold(id)
+    def _take(self, delivery: Delivery) -> None:
+        message = delivery.message
+        topic = None if isinstance(message, Unreadable) else self._find(message.topic)
+        if topic is not None and topic.batch is not None:
+            self._collected.add(topic.name, topic.batch, delivery)
+        else:
+            self._handle([delivery])
+
+    def _handle(self, deliveries: Sequence[Delivery]) -> None:
+        ids = [delivery.message.id for delivery in deliveries]
+        self._leases.hold(*ids)
+        settled = 0
         try:
-            self._act(delivery, self._outcome(delivery))
+            for delivery, outcome in zip(deliveries, self._outcomes(deliveries), strict=True):
+                self._act(delivery, outcome)
+                settled += 1
         except QueueClosedError:
             raise
         except Exception:
             # A fault of the storage's or of ours, not of the message: it must neither end the loop nor be lost.
-            logger.exception("message %s could not be handled, it comes again in %.3g s", id, _PAUSES[1])
-            self._patiently(lambda: delivery.back(_PAUSES[1]))
+            left = deliveries[settled:]
+            text = "%d messages, the first is %s, could not be handled, they come again in %.3g s"
+            logger.exception(text, len(left), left[0].message.id, _PAUSES[1])
+            self._put_back(left, _PAUSES[1])
             self._stopping.wait(_PAUSES[0])
         finally:
-            self._leases.drop(id)
+            self._leases.drop(*ids)
 
-    def _outcome(self, delivery: Delivery) -> Outcome:
-        message = delivery.message
-        if not isinstance(message, Unreadable):
-            return self._pipeline.handle(message)
+    def _put_back(self, deliveries: Sequence[Delivery], delay: float) -> None:
+        for delivery in deliveries:
+            self._patiently(partial(delivery.back, delay))
+
+    def _give_back(self) -> None:
+        """Let go of what was collected and not begun."""
+        try:
+            self._put_back(self._collected.take_all(), 0.0)
+        except QueueClosedError:
+            logger.info("what watcher %s had collected comes again: its queue was closed", self.name)
+
+    def _outcomes(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
+        messages = [delivery.message for delivery in deliveries]
+        unreadable = [message for message in messages if isinstance(message, Unreadable)]
+        if unreadable:  # alone, see `_take`
+            return [self._bury(message) for message in unreadable]
+        return self._pipeline.handle_many([message for message in messages if isinstance(message, Message)])
+
+    def _bury(self, message: Unreadable) -> Outcome:
         return self._pipeline.bury(
             message.reason,
             message.error,
