@@ -141,12 +141,15 @@ def test_a_bad_message_is_found_and_the_others_are_handled(make_site: MakeSite) 
     site.until_handled(15)
     site.until_dead(1)
     assert [letter.error for letter in site.dead()] == ["RuntimeError: bad row"]
-    assert list(map(len, batches(site))) == [16, 8, 8, 4, 4, 2, 2, 1, 1]
+    assert sorted(map(len, batches(site))) == [1, 1, 2, 2, 4, 4, 8, 8, 16]
     until(lambda: waiting(site) + in_hand(site) == 0, "everything is acked")
 
 
-@pytest.mark.parametrize("once", ["message", "none"])
-def test_a_message_that_kills_its_process_takes_no_neighbour_along(make_site: MakeSite, once: str) -> None:
+#: Unclaimed, nobody can say who of a batch was started: the crash of a whole batch is not counted.
+@pytest.mark.parametrize(("once", "crashes"), [("message", 3), ("none", 4)])
+def test_a_message_that_kills_its_process_takes_no_neighbour_along(
+    make_site: MakeSite, once: str, crashes: int
+) -> None:
     site = make_site(rows(size=20, seconds=0.5, once=once))
     worker = site.worker()
 
@@ -157,8 +160,7 @@ def test_a_message_that_kills_its_process_takes_no_neighbour_along(make_site: Ma
     site.until_dead(1, 60)
     assert [(letter.index, letter.reason) for letter in site.dead()] == [("i7", Reason.KILLED_WORKER)]
     calls = Counter(data for call in batches(site) for data in call)
-    assert calls["kill"] == 3
-    assert {data: count for data, count in calls.items() if count > 2} == {"kill": 3}
+    assert {data: count for data, count in calls.items() if count > 2} == {"kill": crashes}
     assert all(len(call) == 1 for call in batches(site)[1:]), "after a crash each is called alone"
     until(lambda: waiting(site) + in_hand(site) == 0, "everything is acked")
     assert worker.is_running()
