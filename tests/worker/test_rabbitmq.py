@@ -43,6 +43,12 @@ def work(message):
 def fail(message):
     raise ValueError("not today")
 
+rows = topic("rows")
+
+@rows.batch_handler(size=10, seconds=60)
+def store(messages):
+    note("store", messages[0], data=[message.data for message in messages])
+
 @slow.handler
 def crawl(message):
     note("crawl", message)
@@ -215,3 +221,14 @@ def test_a_send_to_a_server_that_hangs_ends_and_sending_again_is_safe(site: Rabb
     site.until_handled(2)
     assert sender.returncode == 0
     assert site.calls("index") == {"before": 1, "a": 1}
+
+
+def test_batches_have_their_room_from_the_start(site: RabbitSite) -> None:
+    """Quorum queues read the prefetch limit once, so it cannot follow what is collected."""
+    site.worker(concurrency=2)
+
+    for number in range(30):
+        site.send("rows", number)
+
+    site.until_handled(30, topic="rows")
+    assert sorted(len(line["data"]) for line in site.lines()) == [10, 10, 10]
