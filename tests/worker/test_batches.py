@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -212,6 +213,22 @@ def test_a_stop_lets_a_batch_end_that_has_begun(make_site: MakeSite) -> None:
 
     assert (site.handled(), waiting(site), in_hand(site)) == (3, 2, 0)
     assert len(batches(site)) == 1
+
+
+def test_a_cold_stop_in_a_call_costs_its_messages_nothing(make_site: MakeSite) -> None:
+    site = make_site(rows(size=3, seconds=60))
+    worker = site.worker(concurrency=1)
+    for data in ("slow", 1, 2):
+        site.send("rows", data)
+    until(lambda: len(batches(site)) == 1, "a batch runs")
+
+    worker.signal(signal.SIGQUIT)
+    worker.process.wait(60)
+    site.touch("go")
+    site.worker()
+
+    site.until_handled(3, 60)
+    assert [sorted(map(str, call)) for call in batches(site)] == [["1", "2", "slow"]] * 2, "no crash is counted"
 
 
 def test_the_room_follows_the_size_and_has_an_end(make_site: MakeSite) -> None:
