@@ -167,6 +167,19 @@ def test_a_message_that_kills_its_process_takes_no_neighbour_along(
     assert worker.is_running()
 
 
+def test_where_one_crash_is_one_too_many_nobody_has_company(make_site: MakeSite) -> None:
+    site = make_site(rows(size=5, seconds=0.5), "watch_max_crashes = 1\n")
+    site.worker()
+
+    for data in ("a", "kill", "b", "c"):
+        site.send("rows", data, index=data)
+
+    site.until_handled(3, 60)
+    site.until_dead(1, 60)
+    assert [(letter.index, letter.reason) for letter in site.dead()] == [("kill", Reason.KILLED_WORKER)]
+    assert all(len(call) == 1 for call in batches(site))
+
+
 def test_flower_is_told_of_each_message(make_site: MakeSite) -> None:
     site = make_site(rows(size=3, seconds=1))
     site.worker("-E")

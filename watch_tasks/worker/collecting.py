@@ -46,8 +46,7 @@ class Collector:
     def add(self, request: TopicRequest) -> None:
         """Take a request into the batch of its task; begin one if there is none."""
         handler = request.task.topic.batch
-        if request.is_unclaimed and request.delivery_info["redelivered"]:
-            # It may have taken its process down, which no claim tells: it must not take others with it.
+        if self._must_be_alone(request):
             self._consumer.on_task_request(request)
             return
         name = request.type
@@ -71,6 +70,12 @@ class Collector:
             self._open.clear()
             self._sizes.clear()
             self._raised = 0
+
+    def _must_be_alone(self, request: TopicRequest) -> bool:
+        # Where one crash is one too many, none can be shared. And what is not claimed has nothing to tell by that it
+        # took its process down before.
+        has_been = request.delivery_info["redelivered"]
+        return self._runtime.settings.max_crashes == 1 or (has_been and request.is_unclaimed)
 
     def _on_time(self, batch: Batch) -> None:
         self._consumer.call_soon(self._hand_over, batch)
