@@ -279,6 +279,30 @@ def enter(message): note("enter", message, data=message.data)
     assert site.handled("rows") == 0
 
 
+def test_what_travels_together_is_called_in_batches(make_site: MakeSite) -> None:
+    site = make_site(rows(size=20, seconds=60))
+    site.worker()
+
+    done = site.run("-c", "import topics_here; print(topics_here.rows.send_many(range(60)))")
+
+    assert "sent=60" in done.stdout, done.stderr
+    site.until_handled(60)
+    assert sorted(map(len, batches(site))) == [20, 20, 20]
+
+
+def test_a_killer_that_travels_with_others_takes_none_along(make_site: MakeSite) -> None:
+    site = make_site(rows(size=20, seconds=0.5))
+    site.worker()
+
+    done = site.run("-c", "import topics_here; topics_here.rows.send_many([*range(20), 'kill', *range(20, 40)])")
+
+    assert done.returncode == 0, done.stderr
+    site.until_handled(40, 60)
+    site.until_dead(1, 60)
+    assert [(letter.data, letter.reason) for letter in site.dead()] == [("kill", Reason.KILLED_WORKER)]
+    until(lambda: waiting(site) + in_hand(site) == 0, "everything is acked")
+
+
 def test_a_killed_workers_batch_and_collection_go_to_others(make_site: MakeSite) -> None:
     site = make_site(rows(size=3, seconds=1), "watch_lease = 2\nwatch_renew_every = 0.5\n")
     first = site.worker(concurrency=1)
