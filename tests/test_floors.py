@@ -29,6 +29,7 @@ FLOORS: Final = {
     "work": 3,
     "handlers": 3,
     "company": 3,
+    "joined": 3,
     "patience": 3,
     "runner": 3,
     "batches": 3,

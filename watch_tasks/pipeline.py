@@ -22,13 +22,14 @@ from .batches import Batches
 from .company import Company
 from .errors import DeadLetterError, MessageError, SchemaError, StorageUnavailableError
 from .handlers import Interrupts
+from .joined import Joined
 from .message import Message, Once
 from .outcome import Busy, Dead, Duplicate, Fenced, Outcome, Reason, Retry
 from .patience import Patience
 from .record import DeadLetter
 from .runner import Runner
 from .storage.base import Storage
-from .storage.protocol import Commit, Granted, Refusal, Refused, Step
+from .storage.protocol import Claim, Commit, Granted, Refusal, Refused, Step
 from .storage.stored import encode_letter
 from .topics import WEEK, Topic
 from .work import Settlement, Work, error_text, shown
@@ -85,6 +86,9 @@ class Pipeline:
         self._patiently = Patience(stopping, pause)
         self._runner = Runner(storage, worker, self._patiently, stopping, interrupts, kill_after)
         self._batches = Batches(self._runner, storage, self.settle, stopping, interrupts, kill_after)
+        # Threads that come at the same time share a round trip.
+        self._claims: Joined[Claim, Granted | Refused] = Joined(lambda claims: self.storage.claim_many(claims))
+        self._commits: Joined[Commit, bool] = Joined(lambda commits: self.storage.commit_many(commits))
         self._nonces = itertools.count()
         self._unknown: OrderedDict[str, float] = OrderedDict()
         #: Who is at work in this process.
@@ -209,10 +213,8 @@ class Pipeline:
         """
         found = list(map(self._read, messages, plains or itertools.repeat(None)))
         asked = [work for work in found if isinstance(work, Work) and work.once != "none"]
-        process = os.getpid()
-        claims = [work.claim(self._lease, f"{process}.{next(self._nonces)}", started) for work in asked]
         try:
-            answers = self._patiently(lambda: self.storage.claim_many(claims))
+            answers = self._claim(asked, started=started)
         except StorageUnavailableError:
             # Asked to stop: nothing is handled without a claim, so the same copies go back.
             return [Busy(0.0) if isinstance(work, Work) else work for work in found]
@@ -235,7 +237,7 @@ class Pipeline:
         """
         open = [settlement.commit for settlement in settlements if not settlement.is_stored]
         try:
-            accepted = iter(self._patiently(lambda: self.storage.commit_many(open)))
+            accepted = iter(self._patiently(lambda: self._commits(open)))
         except StorageUnavailableError:
             return [
                 settlement.outcome if settlement.is_stored else settlement.unsettled() for settlement in settlements
@@ -330,6 +332,11 @@ class Pipeline:
         return message.once or (topic.once if topic else None)
 
     # -- steps
+
+    def _claim(self, works: Sequence[Work], *, started: bool = True) -> list[Granted | Refused]:
+        process = os.getpid()
+        claims = [work.claim(self._lease, f"{process}.{next(self._nonces)}", started) for work in works]
+        return self._patiently(lambda: self._claims(claims))
 
     def _read(self, message: Message[Any], plain: bytes | None = None) -> Work | Outcome:
         topic = self._find(message.topic)
