@@ -26,6 +26,7 @@ from ..queue.item import due_at, open_item, without_eta
 from .bounded import bound_decoders
 from .codec import ForgivingBase64
 from .poller import Poller
+from .waker import Waker
 
 __all__ = ["Channel", "QoS", "SentinelChannel", "SentinelTransport", "Transport"]
 
@@ -434,7 +435,9 @@ class Transport(stock.Transport):
         self.cycle = Poller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        self.cycle.wake = lambda seconds: loop.call_later(seconds, _nothing) if seconds else loop.call_soon(_nothing)
+        waker = Waker(_nothing)
+        waker.register(loop)
+        self.cycle.wake = lambda seconds: loop.call_later(seconds, _nothing) if seconds else waker.wake()
         super().register_with_event_loop(connection, loop)
 
 
