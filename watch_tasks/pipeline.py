@@ -221,6 +221,34 @@ class Pipeline:
         answered = {id(work): self._answer(work, answer) for work, answer in zip(asked, answers, strict=True)}
         return [answered.get(id(work), work) for work in found]
 
+    def begin_ahead(self, messages: Sequence[Message[Any]]) -> list[Work | Outcome | None]:
+        """Decode and claim messages whose handlers do not start at once: a crash meanwhile counts against nobody.
+
+        Only for messages that are handed over for the first time, or one that kills its worker would never be found
+        out; of those that were known already, or are busy, nothing is kept: they are None, and for `handle` to take.
+        """
+        found = [self._read(message) for message in messages]
+        asked = [work for work in found if isinstance(work, Work) and work.is_claimable_ahead]
+        answers: list[Granted | Refused]
+        try:
+            answers = self._claim(asked, started=False)
+        except StorageUnavailableError:  # asked to stop
+            answers = [Refused(Refusal.BUSY)] * len(asked)
+        answered: dict[int, Work | Outcome | None] = {}
+        known: list[Commit] = []
+        for work, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, Granted) and (answer.crashes or answer.progress or answer.copy):
+                work.grant(answer)
+                known.append(work.commit(Step.RELEASED))
+            elif isinstance(answer, Granted) or answer.why is not Refusal.BUSY:
+                answered[id(work)] = self._answer(work, answer)
+        if known:
+            try:
+                self._patiently(lambda: self._commits(known))
+            except StorageUnavailableError as exc:
+                logger.warning("could not give back %d messages, their leases end by themselves: %s", len(known), exc)
+        return [answered.get(id(work)) if isinstance(work, Work) else work for work in found]
+
     def run(self, work: Work) -> Settlement:
         """Run the handlers that have not finished yet, and decide. Nothing counts until `settle`."""
         return self._runner.run(work)

@@ -98,8 +98,8 @@ class Work:
         topic.check_once(message.once)
         plain = dump(message.data) if plain is None else plain
         data = topic.decode(message.data)
-        if message.index == message.id:  # nobody named it
-            message = replace(message, index=topic.index_of(data) or message.id)
+        if message.index == message.id and (named := topic.index_of(data)):  # nobody named it before
+            message = replace(message, index=named)
         # Taken once: the claim, the commit and the record all carry it, and a payload may be large.
         digest = digest_of(plain)
         return cls(topic, message, data, plain, digest, worker, Progress(message.retries, message.handled))
@@ -107,6 +107,15 @@ class Work:
     @property
     def once(self) -> Once:
         return self.received.once or self.topic.once
+
+    @property
+    def is_claimable_ahead(self) -> bool:
+        """Whether it may be claimed some time before its handlers start.
+
+        Not what came back, by a retry or a replay: it may be what killed its worker. Nor where handlers commit by
+        themselves, in their transaction.
+        """
+        return self.received.copy == 0 and self.once != "none" and not self.topic.transactional
 
     @property
     def max_retries(self) -> int | None:

@@ -19,14 +19,14 @@ from kombu.utils import json as _kombu_json
 
 from .envelope import Envelope
 
-__all__ = ["NO_ENVELOPE", "decode_body", "due_at", "envelope_of", "make_item", "open_item", "without_eta"]
+__all__ = ["NO_ENVELOPE", "TYPED", "decode_body", "due_at", "envelope_of", "make_item", "open_item", "without_eta"]
 
 #: The content type of what was no envelope: nothing decodes it.
 NO_ENVELOPE: Final = "not an envelope"
 #: kombu's modules have no types.
 _kombu: Final[Any] = _kombu_json
 #: How kombu marks values that JSON has no form for; only such an item needs its own, slower decoder.
-_TYPED: Final = b'"__type__"'
+TYPED: Final = b'"__type__"'
 _CODECS: Final = ("base64", "utf-8", None)
 
 
@@ -38,7 +38,7 @@ def open_item(raw: bytes, queue: str) -> dict[str, Any]:
         queue: where it lay, and goes back to if it is not settled.
     """
     with suppress(Exception):  # whatever a decoder raises, it is no envelope
-        payload = _kombu.loads(raw) if _TYPED in raw else msgspec.json.decode(raw)
+        payload = _kombu.loads(raw) if TYPED in raw else msgspec.json.decode(raw)
         properties = payload["properties"]
         info = properties["delivery_info"]
         headers = payload.get("headers")

@@ -8,10 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
+import msgspec
 from celery.app.trace import build_tracer
 from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.concurrency.solo import TaskPool as SoloPool
+from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport.virtual import Channel as VirtualChannel
@@ -20,11 +24,14 @@ from .. import heartbeat, points
 from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
 from ..outcome import Busy, Dead, Outcome, Reason
 from ..queue import bulk, wire
-from ..queue.item import NO_ENVELOPE
+from ..queue.item import NO_ENVELOPE, TYPED
 from ..registry import registry
 from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
 from .collecting import Collector
+from .gathering import Gathering
+from .hand import HAND, Hand
+from .request import TopicRequest
 from .runtime import runtime_of
 from .settings import transport_leases
 
@@ -41,6 +48,8 @@ _AGAIN: Final = 2.0
 
 #: Schemes of RabbitMQ.
 _AMQP: Final = ("amqp", "amqps", "pyamqp")
+#: The content type of what kombu decodes as JSON.
+_JSON: Final = "application/json"
 
 #: Bytes that a message may have besides its data.
 _ENVELOPE: Final = 65_536
@@ -62,6 +71,10 @@ class WatchConsumer(Consumer):
         if queues._consume_from is None:  # nobody chose by -Q
             for name in {topic.queue for topic in topics if topic.queue}:
                 queues.select_add(queues[name])
+        #: Whether tasks run in this process, and can be handed what is found out here.
+        self._is_here = isinstance(pool, (SoloPool, ThreadPool))
+        #: Whether the broker says of each message that somebody had it before; and takes acks from any thread.
+        self._tells_again = self._takes_acks = False
         super().__init__(*args, app=app, pool=pool, hostname=hostname, **options)
         #: Room for what is collected, in addition to what Celery's settings say.
         self._collected = 0
@@ -71,6 +84,11 @@ class WatchConsumer(Consumer):
             self._collected = max(sizes, default=0) * ((pool.limit or 1) + 1)
             self.initial_prefetch_count += self._collected
         self.collector = Collector(self, self.runtime, raises_limit=not self._collected)
+        self._process: Callable[[Any], object] = self.__dict__["on_task_request"]
+        self.on_task_request = self._begin
+        self._gathering: Gathering | None = None
+        if isinstance(pool, SoloPool) and self.hub is not None:
+            self._gathering = Gathering(self.runtime, pool)
 
     @property
     def max_prefetch_count(self) -> int:
@@ -86,12 +104,9 @@ class WatchConsumer(Consumer):
         # A child that waits for a storage learns from this that it must not wait any longer.
         self.runtime.stop.set()
         self.collector.let_go()
+        if self._gathering:
+            self._gathering.let_go()
         super().stop()
-
-    def on_close(self) -> None:
-        # The connection was lost: Celery forgets what was not started.
-        self.collector.let_go()
-        super().on_close()
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -102,7 +117,36 @@ class WatchConsumer(Consumer):
         channel = connection.default_channel
         if isinstance(channel, VirtualChannel):
             channel.codecs = {**channel.codecs, "base64": ForgivingBase64()}
+        self._takes_acks = bool(getattr(channel, "tags_are_unique", False))
+        self._tells_again = self._takes_acks or connection.transport.driver_type == "amqp"
         return connection
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        super().register_with_event_loop(hub)
+        if self._gathering:
+            self._gathering.register_with_event_loop(hub)
+
+    def on_close(self) -> None:
+        # The connection was lost: Celery forgets what was not started.
+        self.collector.let_go()
+        if self._gathering:
+            self._gathering.let_go()
+        super().on_close()
+
+    def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
+        # Our transport only writes down what is settled, and tells it with its next fetch: no need to wait for a turn
+        # of the event loop.
+        return p(*args, **kwargs) if self._takes_acks else super().call_soon_ack(p, *args, **kwargs)
+
+    def _begin(self, request: Any) -> None:
+        """Have a task run that is due."""
+        hand = request.hand if isinstance(request, TopicRequest) else None
+        if hand is None:
+            self._process(request)
+        elif self._gathering and self._tells_again and not request.task.topic.batch:
+            self._gathering.add(request, hand)
+        else:
+            request.start(self.pool, request.on_success)
 
     def connection_for_write(self, url: Any = None, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_write(url=url, heartbeat=heartbeat)
@@ -187,13 +231,13 @@ class WatchConsumer(Consumer):
             if bulk.is_bulk(task):
                 _read_packet(message)
                 return False
-            body = message.payload
+            body = _body_of(message)
             if not isinstance(body, (list, tuple)) or len(body) != 3:
                 raise MessageError(
                     f"the body must be [args, kwargs, embed], got {type(body).__name__}"
                     + (f" of {len(body)}" if isinstance(body, (list, tuple)) else "")
                 )
-            wire.read(headers, body[0], body[1])
+            read = wire.read(headers, body[0], body[1])
         except TooLargeError as exc:
             self._bury(message, Reason.TOO_LARGE, exc)
         except MessageError as exc:
@@ -201,6 +245,8 @@ class WatchConsumer(Consumer):
         except Exception as exc:  # noqa: BLE001 - decoders raise what they like; a message must not end the worker
             self._bury(message, Reason.UNDECODABLE, exc)
         else:
+            if self._is_here:
+                setattr(message, HAND, Hand(read))
             return False
         return True
 
@@ -304,6 +350,16 @@ def _read_packet(message: Any) -> None:
     bulk.check_headers(message.headers)
     bulk.names(raw)
     message._decoded_cache = [[raw], {}, None]
+
+
+def _body_of(message: Any) -> Any:
+    """Return what the body stands for. The message keeps it, so that Celery does not decode it again."""
+    raw, accept = message.body, message.accept
+    is_plain = message.content_type == _JSON and message.content_encoding == "utf-8" and isinstance(raw, bytes)
+    if is_plain and TYPED not in raw and (accept is None or _JSON in accept):
+        with suppress(msgspec.DecodeError, RecursionError):  # kombu's decoder knows more, or says what is wrong
+            message._decoded_cache = msgspec.json.decode(raw)
+    return message.payload
 
 
 def _name(headers: dict[str, Any], raw: bytes) -> str:

@@ -20,18 +20,21 @@ from ..queue import bulk, wire
 from ..queue.redis import send_error
 from ..registry import registry
 from ..schema import dump
+from .hand import HAND
 from .waiting import wait_for_room
 
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["WORKER_HEADER", "CeleryOutlet"]
+__all__ = ["AGAIN_HEADER", "WORKER_HEADER", "CeleryOutlet"]
 
 #: Seconds that RabbitMQ may take to confirm a message: Celery waits without end.
 _CONFIRM: Final = 5.0
 
 #: The header by which a worker's main process tells its children its name and process id; never sent on.
 WORKER_HEADER: Final = "watch_worker"
+#: The header that says of a copy that it stands for a delivery, which somebody had in hand.
+AGAIN_HEADER: Final = "watch_again"
 
 
 class CeleryOutlet:
@@ -67,8 +70,9 @@ class CeleryOutlet:
         """
         options = {name: value for name, value in request.as_execution_options().items() if value is not None}
         headers = dict(options.pop("headers", None) or {})
-        for name in (wire.HEADER, WORKER_HEADER, "redelivered"):
+        for name in (wire.HEADER, WORKER_HEADER, HAND, "redelivered"):
             headers.pop(name, None)
+        headers[AGAIN_HEADER] = True
         for name in ("task_id", "retries", "time_limit", "soft_time_limit"):
             options.pop(name, None)
         options |= _way(request)

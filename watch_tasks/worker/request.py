@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
-from celery.exceptions import TaskPredicate, Terminated
+from celery import signals
+from celery.app.task import Context
+from celery.app.trace import fast_trace_task, trace_task_ret
+from celery.exceptions import Reject, Retry, TaskPredicate, Terminated
 from celery.worker import state
 from celery.worker.request import Request
 from kombu.transport.virtual import Channel as VirtualChannel
@@ -22,9 +26,10 @@ from kombu.transport.virtual import QoS as VirtualQoS
 from .. import points
 from ..errors import MessageError, StorageError
 from ..message import Message
-from ..outcome import Busy, Dead, Outcome, Reason
+from ..outcome import Busy, Dead, Handled, Outcome, Reason
 from ..queue import wire
-from .outlet import WORKER_HEADER
+from .hand import HAND, Hand
+from .outlet import AGAIN_HEADER, WORKER_HEADER
 from .runtime import runtime_of
 from .task import SETTLED, Yielded
 
@@ -42,6 +47,10 @@ _AGAIN: Final = 2.0
 LOST: Final = (WorkerLostError, TimeLimitExceeded, SystemExit, KeyboardInterrupt, MemoryError)
 
 
+#: What of a request is no header of anybody else's; as in Celery's `Context`.
+_CELERYS: Final = frozenset({*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression"})
+
+
 class TopicRequest(Request):
     """One delivery of a topic's message."""
 
@@ -55,6 +64,10 @@ class TopicRequest(Request):
         self.batch: Batch | None = None
         #: What it claims.
         self._ids: Sequence[str] = (self.id,)
+        #: What the consumer read, where the task runs in this process.
+        self.hand: Hand | None = getattr(message, HAND, None)
+        if self.hand is not None:
+            self._request_dict[HAND] = self.hand
         self._request_dict[WORKER_HEADER] = [self._runtime.worker, self._runtime.pid]
 
     @property
@@ -68,15 +81,72 @@ class TopicRequest(Request):
         message = self._read()
         return ((message and message.once) or self.task.topic.once) == "none"
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody can have had the message in hand before, and nothing but its record hangs on its success."""
+        _, _, embed = self._payload
+        return not (
+            self.delivery_info["redelivered"]
+            or AGAIN_HEADER in self._request_dict
+            # Celery acts on a success before it tells anybody.
+            or not self._ignore_result
+            or (embed and (embed.get("callbacks") or embed.get("chain") or embed.get("chord")))
+            or signals.task_success.receivers
+        )
+
+    def start(self, pool: Any, ended: Callable[[Any], object]) -> None:
+        """Run the task in this process, by a pool of it.
+
+        As `execute_using_pool`, but for the body, which is decoded, and for what is called when it ended.
+        """
+        if self.revoked():
+            return
+        request = self._request_dict
+        # Celery would find the same, in ten times the time.
+        request.setdefault("headers", {name: value for name, value in request.items() if name not in _CELERYS})
+        trace = fast_trace_task if self._app.use_fast_trace_task else trace_task_ret
+        result = pool.apply_async(
+            trace,
+            args=(self._type, self.id, request, self._payload, None, None),
+            accept_callback=self.on_accepted,
+            callback=ended,
+            error_callback=self.on_failure,
+            correlation_id=self.id,
+        )
+        self._apply_result = result and ref(result)
+
+    def settled(self, outcome: Outcome | Exception, answer: Any) -> Any:
+        """Tell Celery of a handled message, whose storing came to this.
+
+        Args:
+            outcome: what `Pipeline.settle` answered, or raised.
+            answer: what the tracer said; None: nothing.
+        """
+        if isinstance(outcome, Handled):
+            if answer is not None:
+                return self.on_success(answer)
+            state.task_ready(self)
+            return self.acknowledge()
+        try:
+            self._task.settled(outcome, self._context)
+        except Yielded:
+            state.task_ready(self)
+            self._yield()
+        except Retry as exc:
+            state.task_ready(self)
+            self.acknowledge()
+            self.send_event("task-retried", exception=str(exc), traceback="")
+        except Reject as exc:
+            state.task_ready(self)
+            self.reject(requeue=exc.requeue)
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        if not self._is_held and not self.acknowledged:
-            self._is_held = True
-            self._runtime.keeper.hold(*self._ids)
+        self.hold()
         super().on_accepted(pid, time_accepted)
 
     def acknowledge(self) -> None:
         points.reach("before_ack")
-        self._drop()
+        self.drop()
         super().acknowledge()
 
     def reject(self, requeue: bool = False) -> None:
@@ -85,7 +155,7 @@ class TopicRequest(Request):
         if is_lost and not isinstance(self.bury(Reason.MALFORMED, "Celery cannot tell when it is due"), Dead):
             self.put_back()
         else:
-            self._drop()
+            self.drop()
             super().reject(requeue)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
@@ -157,7 +227,7 @@ class TopicRequest(Request):
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # Its process is being ended, which is not its fault: at a cold stop, or because the connection was lost.
         super()._announce_cancelled(emit_retry)
-        self._drop()
+        self.drop()
         self._release()
 
     def lost(self, error: BaseException, crashes: int | None = None) -> None:
@@ -194,7 +264,7 @@ class TopicRequest(Request):
     def put_back(self) -> None:
         """Have the message handed over again in a while: at once would be a hot loop while the storage is away."""
         logger.warning("message %s could not be buried, it is handed over again in %.2g s", self.id, _AGAIN)
-        self._drop()
+        self.drop()
         timer = threading.Timer(_AGAIN, self.reject, (True,))
         timer.daemon = True  # what is not back when the worker ends, the broker hands over all the same
         timer.start()
@@ -204,7 +274,7 @@ class TopicRequest(Request):
 
         A transport of kombu's own keeps the other worker's delivery under the same tag: there, any word takes it away.
         """
-        self._drop()
+        self.drop()
         channel = self.message.channel
         if isinstance(channel, VirtualChannel) and not getattr(channel, "tags_are_unique", False):
             self.acknowledged = True
@@ -212,12 +282,21 @@ class TopicRequest(Request):
         else:
             super().reject(requeue=True)
 
-    def _drop(self) -> None:
+    def hold(self) -> None:
+        """Have the message's lease renewed from now on. Twice is safe."""
+        if not self._is_held and not self.acknowledged:
+            self._is_held = True
+            self._runtime.keeper.hold(*self._ids)
+
+    def drop(self) -> None:
+        """Let the message's lease be. Twice is safe."""
         if self._is_held:
             self._is_held = False
             self._runtime.keeper.drop(*self._ids)
 
     def _read(self) -> Message[Any] | None:
+        if self.hand:
+            return self.hand.message
         try:
             return wire.read(self.request_dict, self.args, self.kwargs)
         except MessageError:

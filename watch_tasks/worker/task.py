@@ -17,9 +17,11 @@ from celery.utils.serialization import get_pickleable_exception
 from ..errors import DeadLetterError, MessageError, SendError
 from ..message import Message
 from ..outcome import Busy, Dead, Duplicate, Fenced, Handled, Outcome, Retry, Snoozed
+from ..pipeline import Pipeline
 from ..queue import wire
 from ..topics import Topic
-from ..work import error_text
+from ..work import Work, error_text
+from .hand import HAND, Hand
 from .outlet import WORKER_HEADER
 from .runtime import Runtime, runtime_of
 
@@ -74,19 +76,45 @@ class TopicTask(Task):
 
     def run(self, *args: Any, **keywords: Any) -> str:
         runtime = runtime_of(self.app)
+        request = self.request
+        pipeline = runtime.pipeline(*worker_of(request, runtime))
+        hand: Hand | None = request.get(HAND)
+        message = hand.message if hand else self._read(args, keywords)
+        with self.settling():
+            outcome = decided.get()
+            if isinstance(outcome, Reject):
+                raise outcome
+            if outcome is None:
+                outcome = _handle_ahead(pipeline, hand) if hand and hand.begun else pipeline.handle(message)
+            self.publish(runtime, message, outcome)
+        return _told(outcome)
+
+    def settled(self, outcome: Outcome | Exception, request: Any) -> None:
+        """Do what the outcome asks for of a message that `run` left to be stored.
+
+        Args:
+            outcome: what storing it came to, or failed with.
+            request: the request that `run` had.
+
+        Raises:
+            Yielded: another worker took it over.
+            Retry: of Celery's: its next copy was published.
+            Reject: it is to be handed over again.
+        """
+        if isinstance(outcome, Exception):
+            raise _again(outcome, request) from outcome
+        if isinstance(outcome, Snoozed):  # the worker stops, and the storage is away
+            runtime, delay, copy = runtime_of(self.app), outcome.delay, outcome.message
+            self.patiently(runtime, lambda: runtime.outlet.push_copy(copy, delay, request))
+        _told(outcome)
+
+    def _read(self, args: Any, keywords: Any) -> Message[Any]:
         fields = {"id": self.request.id, "task": self.name, wire.HEADER: self.request.get(wire.HEADER)}
-        pipeline = runtime.pipeline(*worker_of(self.request, runtime))
         try:
-            message = wire.read(fields, args, keywords)
+            return wire.read(fields, args, keywords)
         except MessageError as exc:
             # The consumer reads every message before it hands it on: this one was called by hand.
             raise DeadLetterError(f"task `{self.name}` was called with what is no message: {exc}") from exc
-        with self.settling():
-            outcome = decided.get() or pipeline.handle(message)
-            if isinstance(outcome, Reject):
-                raise outcome
-            self.publish(runtime, message, outcome)
-        return _told(outcome)
 
     @contextmanager
     def settling(self) -> Iterator[None]:
@@ -96,9 +124,7 @@ class TopicTask(Task):
         except (Reject, Yielded):
             raise
         except Exception as exc:
-            logger.exception("could not settle message %s; it is handed over again", self.request.id)
-            time.sleep(1.0)  # so that a mistake of ours does not spin
-            raise Reject(error_text(exc), requeue=True) from exc
+            raise _again(exc, self.request) from exc
 
     def publish(self, runtime: Runtime, message: Message[Any], outcome: Outcome) -> None:
         """Publish the copy by which a message goes on, if it does."""
@@ -150,6 +176,26 @@ def register(app: Celery, topic: Topic[Any]) -> TopicTask:
     app.tasks.pop(made.name, None)
     app.register_task(made)
     return made
+
+
+def _handle_ahead(pipeline: Pipeline, hand: Hand) -> Outcome:
+    """Handle a message that was claimed ahead. Storing that it was handled is left to whoever gave it in hand."""
+    begun = hand.begun
+    if not isinstance(begun, Work):
+        return begun or Busy(0.0)
+    settlement = pipeline.run(begun)
+    if isinstance(settlement.outcome, Handled) and not settlement.is_stored:
+        hand.settlement = settlement
+        return settlement.outcome
+    (outcome,) = pipeline.settle([settlement])
+    return outcome
+
+
+def _again(error: Exception, request: Any) -> Reject:
+    """Return what has a message handed over again that cannot be settled."""
+    logger.error("could not settle message %s; it is handed over again", request.id, exc_info=error)
+    time.sleep(1.0)  # so that a mistake of ours does not spin
+    return Reject(error_text(error), requeue=True)
 
 
 def _told(outcome: Outcome) -> str:

@@ -1,0 +1,171 @@
+"""Deliveries of topics in the solo pool: claimed together, run one by one, recorded together.
+
+A handler runs in the main process there, between two turns of the event loop, so several deliveries lie in hand when
+its turn comes. What may be claimed ahead of its handler, and what it costs when the worker is killed meanwhile, is in
+docs/protocol.md §5.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from celery.concurrency.solo import TaskPool as SoloPool
+
+from ..errors import StorageError
+from ..outcome import Outcome
+from ..transport.waker import Waker
+from ..work import Work
+from .hand import Hand
+from .request import TopicRequest
+from .runtime import Runtime
+from .settler import Settler
+
+__all__ = ["Gathering"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which messages are handled before the event loop runs again.
+_SLICE: Final = 0.01
+#: Seconds for which a handled message may wait to be recorded; then nothing is handled until it is.
+_BEHIND: Final = 1.0
+
+
+_Deliveries = list[tuple[TopicRequest, Hand]]
+
+
+class _Claiming(NamedTuple):
+    """What is being claimed."""
+
+    arrived: _Deliveries
+    #: Those of them that may be claimed ahead.
+    ahead: _Deliveries
+    answer: Future[list[Work | Outcome | None]]
+
+
+class Gathering:
+    """Takes deliveries as they come, and handles them in that order. Nothing is acked before its commit is answered.
+
+    Args:
+        runtime: of the worker's main process.
+        pool: runs a task at once, here.
+    """
+
+    def __init__(self, runtime: Runtime, pool: SoloPool) -> None:
+        self._runtime, self._pool = runtime, pool
+        self._pipeline = runtime.pipeline(runtime.worker, can_die=False)
+        self._waker = Waker(self._turn)
+        #: Not claimed yet; being claimed while others run; and those whose turn it is to run.
+        self._arrived: _Deliveries = []
+        self._claiming: _Claiming | None = None
+        self._ready: deque[tuple[TopicRequest, Hand]] = deque()
+        self._aside = ThreadPoolExecutor(1, "watch-claims")
+        #: What a request was answered by the tracer, kept until its message is recorded.
+        self._settler: Settler[tuple[TopicRequest, Any]] = Settler(self._pipeline.settle, self._waker.wake)
+
+    def add(self, request: TopicRequest, hand: Hand) -> None:
+        """Take a delivery."""
+        self._arrived.append((request, hand))
+        self._waker.wake()
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Have this loop give turns. Again after the loop was reset."""
+        self._waker.register(loop)
+
+    def _turn(self) -> None:
+        """Ack what was recorded meanwhile, and handle for a moment."""
+        self._tell()
+        if self._claiming and self._claiming.answer.done():
+            self._take_claimed()
+        if self._arrived and not self._claiming:
+            self._claim()
+        end = time.monotonic() + _SLICE
+        while self._ready:
+            if self._settler.age() > _BEHIND:
+                self._settler.drain()
+            self._run(*self._ready.popleft())
+            if time.monotonic() > end:
+                break
+        self._settler.urge()
+        self._tell()
+        if self._ready or (self._arrived and not self._claiming):
+            self._waker.wake()
+
+    def let_go(self) -> None:
+        """Finish what was handled, and give back what was not: nothing of it is in hand afterwards."""
+        self._settler.close()
+        self._tell()
+        self._take_claimed()
+        left = [*self._ready, *self._arrived]
+        self._ready.clear()
+        self._arrived.clear()
+        claimed = [request.id for request, hand in left if isinstance(hand.begun, Work)]
+        try:
+            self._runtime.storage.release(self._runtime.worker, claimed)
+        except StorageError as exc:
+            logger.warning("could not give back %d messages, their leases end by themselves: %s", len(claimed), exc)
+        for request, _ in left:
+            request.drop()
+
+    # -- before
+
+    def _claim(self) -> None:
+        """Claim what may be claimed ahead, in one round trip: while others run, if there are any."""
+        arrived, self._arrived = self._arrived, []
+        if len(arrived) == 1 and not self._ready:
+            self._ready += arrived  # its handler starts at once, so that a crash of it counts
+            return
+        ahead = [(request, hand) for request, hand in arrived if request.is_new]
+        for request, _ in ahead:
+            request.hold()
+        answer = self._aside.submit(self._pipeline.begin_ahead, [hand.message for _, hand in ahead])
+        self._claiming = _Claiming(arrived, ahead, answer)
+        if self._ready:
+            answer.add_done_callback(lambda _: self._waker.wake())
+        else:
+            self._take_claimed()
+
+    def _take_claimed(self) -> None:
+        """Wait for the answer to the last claim, if there was one, and have its messages run."""
+        claiming, self._claiming = self._claiming, None
+        if claiming is None:
+            return
+        self._ready += claiming.arrived
+        try:
+            begun = claiming.answer.result()
+        except Exception:
+            logger.exception("could not claim %d messages together, claiming them one by one", len(claiming.ahead))
+            return
+        for (_, hand), found in zip(claiming.ahead, begun, strict=True):
+            hand.begun = found
+
+    # -- one by one
+
+    def _run(self, request: TopicRequest, hand: Hand) -> None:
+        if hand.begun is None:
+            # It may have taken a worker down, or wait for one of those that are not recorded yet.
+            self._settler.drain()
+            self._tell()
+        try:
+            request.start(self._pool, partial(self._ended, request, hand))
+        finally:
+            if hand.settlement:  # something came up after its handlers: they have returned all the same
+                self._ended(request, hand, None)
+
+    def _ended(self, request: TopicRequest, hand: Hand, answer: Any) -> None:
+        settlement, hand.settlement = hand.settlement, None
+        if settlement is None:
+            request.on_success(answer)
+        else:
+            self._settler.put((request, answer), settlement)
+
+    # -- after
+
+    def _tell(self) -> None:
+        """Tell Celery what became of messages, now that it is stored: only this acks."""
+        for (request, answer), outcome in self._settler.take():
+            request.settled(outcome, answer)
