@@ -15,7 +15,7 @@ from .transactions import run
 pytestmark = pytest.mark.worker
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_kills_at_every_point_and_at_random_lose_nothing(tmp_path: Path, pool: str) -> None:
     tally = kills(tmp_path, str(seed_of_run()), 8, pool)
     print(tally)
