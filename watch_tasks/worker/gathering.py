@@ -81,7 +81,8 @@ class Gathering:
         self._tell()
         if self._claiming and self._claiming.answer.done():
             self._take_claimed()
-        if self._arrived and not self._claiming:
+        # Not a few while many are ready: the more in one round trip, the less each costs.
+        if not self._claiming and len(self._arrived) >= max(len(self._ready), 1):
             self._claim()
         end = time.monotonic() + _SLICE
         while self._ready:
