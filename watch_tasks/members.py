@@ -7,7 +7,6 @@ claimed before their handlers start. So a crash counts against none of them; aft
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -32,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that what is handled waits at most to be recorded together with others.
 _TOGETHER: Final = 1.0
-#: Seconds between two looks whether it is enough.
-_LOOK: Final = 0.001
 #: Seconds after which a packet's members that are not begun are left to others: by then there may be workers with
 #: nothing to do.
 _ENOUGH: Final = 2.0
@@ -158,15 +155,13 @@ class _Round:
         if batch:
             self._run_batches(works, left, batch.size)
             return
-        looked = -math.inf
         while works:
             # In a thread of its own, should a handler take longer than that.
             with watchdog.report(_TOGETHER, self._settle_early):
                 now = began = time.monotonic()
                 while works and now < began + _TOGETHER:
                     number, work = works[0]
-                    if now > looked + _LOOK:
-                        looked, is_enough = now, self._enough()
+                    is_enough = self._enough(now)
                     if is_enough:
                         left.add(number)
                     # One with crashes: its next try must count, and hurt nobody else.
@@ -178,8 +173,8 @@ class _Round:
                     now = time.monotonic()
             self._settle()
 
-    def _enough(self) -> bool:
-        return self._stopping() or (self.until is not None and time.monotonic() > self.until)
+    def _enough(self, now: float) -> bool:
+        return self._stopping() or (self.until is not None and now > self.until)
 
     def _run_batches(self, works: deque[tuple[int, Work]], left: set[int], size: int) -> None:
         # As above: their next try must count, and hurt nobody else.
@@ -189,7 +184,7 @@ class _Round:
         works.extend(whole)
         self._release(suspects)
         while works:
-            if self._enough():
+            if self._enough(time.monotonic()):
                 left.update(number for number, _ in works)
                 self._release(list(works))
                 works.clear()

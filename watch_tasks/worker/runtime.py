@@ -110,8 +110,11 @@ class Runtime:
 
     def is_stopping(self) -> bool:
         """Whether the worker was asked to stop."""
-        asked = (state.should_stop, state.should_terminate)
-        return self.stop.is_set() or any(value is not None and value is not False for value in asked)
+        # None and False mean no; a number, 0 too, is the exit code to stop with.
+        asked, forced = state.should_stop, state.should_terminate
+        if self.stop.is_set() or (asked is not None and asked is not False):
+            return True
+        return forced is not None and forced is not False
 
     def pipeline(self, worker: str, can_die: bool) -> Pipeline:
         """Return the pipeline that handles messages for this worker.
