@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -327,3 +328,55 @@ def test_packets_are_larger_than_one_message_may_be(make_site: MakeSite) -> None
     assert "sent=200" in sent.stdout, sent.stderr
     site.until_handled(200)
     assert not site.dead()
+
+
+STUCK = """
+stuck = topic("stuck", timeout=0.5)
+
+@stuck.handler
+def hang(message):
+    note("hang", message)
+    if message.data == "deaf":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(60)
+    if message.data == "slow":
+        time.sleep(60)
+"""
+
+
+@pytest.mark.chaos
+def test_one_that_nothing_cuts_off_dies_alone(make_site: MakeSite) -> None:
+    site = make_site(STUCK, WATCH_KILL_AFTER="0.5", WATCH_MAX_CRASHES="2")
+    worker = site.worker(concurrency=1)
+    messages = members("stuck", ["fine", "slow", "deaf", "fine", "fine"], max_retries=0)
+
+    send_packet(site, messages)
+
+    found = ended(site, 5)
+    assert {id: how for id, how in found.items() if how != "handled"} == {"m1": "exhausted", "m2": "killed_worker"}
+    calls = site.calls("id")
+    assert calls["m2"] == 3, "once uncounted in its packet, twice alone"
+    assert (calls["m3"], calls["m4"]) == (1, 1)
+    assert worker.is_running()
+
+
+@pytest.mark.chaos
+def test_many_packets_leave_no_memory_behind(make_site: MakeSite) -> None:
+    site = make_site('plain = topic("plain")\n\n@plain.handler\ndef look(message): pass\n')
+    worker = site.worker(concurrency=1)
+    script = "from topics_here import plain; from watch_tasks.celery import app; plain.send_many(range({count}))"
+
+    def memory() -> tuple[float, float]:
+        (child,) = worker.children()
+        status = Path(f"/proc/{child}/status").read_text()
+        return worker.memory(), int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    site.run("-c", script.format(count=10_000))
+    site.until_handled(10_000, 60)
+    before = memory()
+    site.run("-c", script.format(count=50_000))
+    site.until_handled(60_000, 120)
+    after = memory()
+    print(f"main process and child: {before} MiB after 10,000 messages, {after} MiB after 60,000")
+    assert after[0] - before[0] < 8
+    assert after[1] - before[1] < 8
