@@ -106,9 +106,9 @@ class TestValues:
             Message(1, "t", "index")  # type: ignore[call-arg]
 
     @pytest.mark.parametrize("name", ["retries", "copy", "max_retries"])
-    @pytest.mark.parametrize("value", [-1, 1.0, "1", True])
+    @pytest.mark.parametrize("value", [-1, 1.0, "1", True, 10**9 + 1, 10**30])
     def test_a_count_is_a_whole_number(self, name: str, value: object) -> None:
-        with pytest.raises(MessageError, match=f"`{name}` must be a whole number, 0 or more, got {value!r}"):
+        with pytest.raises(MessageError, match=f"`{name}` must be a whole number, 0 to 1000000000, got {value!r}"):
             Message(1, "t", **{name: value})  # type: ignore[arg-type]
 
     def test_no_limit_of_its_own_and_a_limit_of_none_are_two_things(self) -> None:

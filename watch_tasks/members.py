@@ -81,7 +81,12 @@ class Members:
         """
         taken: list[Taken] = []
         pairs = list(self._read(packet, taken))
-        begun = self._begin(pairs)
+        try:
+            begun = self._begin(pairs)
+        except Exception:
+            # One of them is more than the storage can take, or we made a mistake: let it be alone with that.
+            logger.exception("could not claim the members of packet %s, each goes on alone", packet.id)
+            return taken + [Taken(member, message, Busy(0.0)) for member, message in pairs]
         claimed = [work for work in begun if isinstance(work, Work)]
         self._pipeline.settle([Settlement(work.commit(Step.RELEASED), Busy(0.0)) for work in claimed])
         return taken + [

@@ -22,6 +22,9 @@ Once = Literal["message", "index", "none"]
 #: Characters an index may have at most.
 MAX_INDEX: Final = 512
 
+#: What a message may count to, its copies and its retries: storages keep them as numbers of 32 bits, or as floats.
+_MOST_COUNT: Final = 1_000_000_000
+
 
 @runtime_checkable
 class Indexer(Protocol):
@@ -140,5 +143,5 @@ class Message(_Positional[T], frozen=True, kw_only=True):
 
 
 def _check_count(name: str, value: object) -> None:
-    if value.__class__ is not int or value < 0:
-        raise MessageError(f"`{name}` must be a whole number, 0 or more, got {value!r}")
+    if value.__class__ is not int or not 0 <= value <= _MOST_COUNT:
+        raise MessageError(f"`{name}` must be a whole number, 0 to {_MOST_COUNT}, got {value!r}"[:500])

@@ -328,6 +328,25 @@ class TestTakenApart:
         for message in others:
             assert isinstance(pipeline.handle(message), Handled)
 
+    def test_one_that_cannot_even_be_claimed_is_alone_with_that(
+        self, pipe: Make, storage: TroubledStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else its packet comes again and again, and its neighbours with it."""
+        claim = storage.claim_many
+
+        def picky(claims: Any) -> Any:
+            if any(one.id == "m1" for one in claims):
+                raise OverflowError("more than a storage can take")
+            return claim(claims)
+
+        monkeypatch.setattr(storage, "claim_many", picky)
+        pipeline, messages = pipe(done), numbered(3)
+        with pytest.raises(OverflowError):
+            take(pipeline, *messages)
+        taken = Members(pipeline, lambda: False).take_apart(packet_of(*messages))
+        assert outcomes(taken) == {"m0": Busy(0.0), "m1": Busy(0.0), "m2": Busy(0.0)}
+        assert [type(pipeline.handle(messages[number])) for number in (0, 2)] == [Handled, Handled]
+
     def test_crashes_in_packets_count_against_nobody(self, pipe: Make, clock: ManualClock) -> None:
         messages = numbered(2)
         for number in range(5):

@@ -292,8 +292,9 @@ def test_what_is_no_member_is_dead_alone_and_what_is_no_packet_as_a_whole(
     site = make_site(ACTS, WATCH_UNKNOWN_GRACE="0.5")
     worker = site.worker(concurrency=1)
     deep = b'["deep","",' + b"[" * 100_000 + b"]" * 100_000 + b"]"
-    spoilt = [b"7", b'["a","i",1,{"copy":"x"}]', b'["b","i",nothing]', deep, b'["","",1]']
-    good = [b'["g%d","g%d","fine"]' % (n, n) for n in range(5)]
+    huge = b'["huge","i",2,{"copy":%d}]' % (10**30)
+    spoilt = [b"7", b'["a","i",1,{"copy":"x"}]', b'["b","i",nothing]', deep, b'["","",1]', huge]
+    good = [b'["g%d","g%d","fine"]' % (n, n) for n in range(6)]
     mixed = [part for pair in zip(good, spoilt, strict=True) for part in pair]
     body = b'[["act",[' + b",".join(mixed) + b"]],{},null]"
     whole = {
@@ -308,13 +309,13 @@ def test_what_is_no_member_is_dead_alone_and_what_is_no_packet_as_a_whole(
         push_body(valkey, raw, id, **headers)
     push_body(valkey, b'[["nosuch",[["u","u",1]]],{},null]', "unknown")
 
-    found = ended(site, 5 + 5 + len(whole) + 1)
-    assert {id for id, how in found.items() if how == "handled"} == {f"g{n}" for n in range(5)}
+    found = ended(site, len(good) + len(spoilt) + len(whole) + 1)
+    assert {id for id, how in found.items() if how == "handled"} == {f"g{n}" for n in range(6)}
     letters = {letter.id: letter for letter in site.dead()}
     for id, (raw, _) in whole.items():
         assert (letters[id].raw, letters[id].reason) == (raw, Reason.MALFORMED)
     raws = {letter.raw for letter in letters.values()}
-    assert {*spoilt[:4], b"1"} <= raws
+    assert {*spoilt[:4], b"1", b"2"} <= raws
     assert letters["u"].reason is Reason.UNKNOWN_TOPIC
     until_drained(site, valkey)
     assert worker.is_running()
