@@ -125,3 +125,42 @@ def test_packets_survive_kills_on_rabbitmq(tmp_path: Path, valkey: RedisServer) 
     print(f"packets on RabbitMQ seed={seed}: {joined}")
     assert not joined.complaints, joined.complaints
     assert joined.kills
+
+
+#: A protection → what takes it away in a worker.
+WITHOUT = {
+    "the late ack": "from watch_tasks.worker import bulk\nbulk.PacketTask.acks_late = False\n",
+    "taking apart": "from watch_tasks.members import Members\nMembers.take_apart = Members.handle\n",
+}
+KILLER = """
+job = topic("job")
+
+@job.handler
+def work(message):
+    note("work", message)
+    if message.data == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("protection", [None, *WITHOUT])
+def test_without_a_protection_a_killer_takes_its_neighbours_along(
+    tmp_path: Path, own_valkey: RedisServer, protection: str | None
+) -> None:
+    """This suite would see it."""
+    topics = (WITHOUT[protection] if protection else "") + KILLER
+    place = Place(tmp_path / "site", own_valkey.url, topics, WATCH_MAX_CRASHES="2")
+    try:
+        place.worker(concurrency=1)
+        send_packet(place, members("job", [0, "kill", 2, 3]))
+        with own_valkey.client() as client:
+            if protection == "taking apart":
+                until(lambda: place.calls("id")["m1"] >= 4, "the killer runs again and again", 60, place.report)
+            else:
+                until(lambda: not leftovers(client), "nothing is left", 60, place.report)
+        handled, dead = {record.id for record in place.storage.range("job")}, [letter.id for letter in place.dead()]
+    finally:
+        place.close()
+    print(f"without {protection}: handled {sorted(handled)}, dead {dead}")
+    assert (handled, dead) == (({"m0", "m2", "m3"}, ["m1"]) if protection is None else (set(), []))
