@@ -26,7 +26,7 @@ from watch_tasks.testing.storage_values import (
     unclaimed,
     wait,
 )
-from watch_tasks.topics import WEEK
+from watch_tasks.topics import DAY, WEEK
 
 pytestmark = pytest.mark.integration
 
@@ -92,7 +92,7 @@ def test_of_a_group_each_is_answered_alone(storage: RedisStorage, clock: ManualC
     retried = ask("retried", index="retried")
     storage.commit(settle(Step.RETRY, retried, grant(storage, retried)))
     storage.commit(unclaimed(Step.DEAD, "dead", "dead"))
-    names = ["new-1", "running", "m0", "new-2", "dead", "retried", "new-3"]
+    names = ["new-0", "new-1", "running", "m0", "new-2", "dead", "retried", "new-3"]
     clock.advance(1)
 
     answers = storage.claim_many(
@@ -101,7 +101,13 @@ def test_of_a_group_each_is_answered_alone(storage: RedisStorage, clock: ManualC
 
     found = dict(zip(names, answers, strict=True))
     tokens = [answer.token for answer in answers if isinstance(answer, Granted)]
-    assert [name for name in names if isinstance(found[name], Granted)] == ["new-1", "new-2", "retried", "new-3"]
+    assert [name for name in names if isinstance(found[name], Granted)] == [
+        "new-0",
+        "new-1",
+        "new-2",
+        "retried",
+        "new-3",
+    ]
     assert tokens == sorted({*tokens, running.token})[1:]
     assert {name: found[name].why for name in ("running", "m0", "dead")} == {  # type: ignore[union-attr]
         "running": Refusal.BUSY,
@@ -190,6 +196,20 @@ def test_a_handled_index_is_held_no_longer(server: RedisServer, storage: RedisSt
     ]
 
 
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_what_is_handled_before_the_last_is_listed_before_it(
+    storage: RedisStorage, clock: ManualClock, ahead: int
+) -> None:
+    """As after an import from a server whose clock was ahead."""
+    claims = [ask(f"m{number}", index=f"a-{number}") for number in range(1, 4)]
+    granted = _grant_all(storage, claims)
+    clock.advance(1)
+    storage.put(record("b", id="ahead", at=clock() + ahead), retention=WEEK)
+    _finish_all(storage, claims, granted)
+
+    assert [found.id for found in storage.range(TOPIC, newest_first=False)] == ["m0", "m1", "m2", "m3", "ahead"]
+
+
 @pytest.mark.parametrize("twice", ["id", "index"])
 def test_what_is_twice_in_a_group_is_settled_one_after_the_other(storage: RedisStorage, twice: str) -> None:
     claims = [ask("m1", index="a"), ask("m1" if twice == "id" else "m2", index="a" if twice == "index" else "b")]
@@ -222,6 +242,33 @@ def test_a_lease_in_the_short_form_is_renewed(server: RedisServer, storage: Redi
         True,
         True,
     ]
+
+
+def test_an_id_with_a_mark_is_a_duplicate_under_any_index(storage: RedisStorage, clock: ManualClock) -> None:
+    handle(storage, "m1")
+    storage.remove(TOPIC, "order-1")
+    clock.advance(1)
+
+    answers = storage.claim_many([ask("new", index="new"), ask("m1", index="order-2")])
+
+    assert isinstance(answers[0], Granted)
+    assert answers[1] == Refused(Refusal.DUPLICATE)
+    assert storage.claim(ask("m1", index="order-3")) == Refused(Refusal.DUPLICATE)
+
+
+def test_an_old_token_settles_nothing(storage: RedisStorage, clock: ManualClock) -> None:
+    claim = ask("m1")
+    old = handle(storage, "m1", retention=60)
+    clock.advance(60)
+    storage.tend()
+    handle(storage, "m2", index="order-2")
+    clock.advance(1)
+    granted = grant(storage, claim)
+    clock.advance(1)
+
+    assert not storage.commit(settle(Step.HANDLED, claim, old))
+    assert storage.get(TOPIC, "order-1") is None
+    finish(storage, claim, granted)
 
 
 def test_asked_again_it_is_the_same_grant(storage: RedisStorage, clock: ManualClock) -> None:
@@ -321,6 +368,20 @@ def test_a_replaced_record_leaves_its_story(storage: RedisStorage, clock: Manual
     clock.advance(WEEK - 1)
     storage.tend()
     assert kinds(storage) == [*expected, "suppressed"]
+    clock.advance(1)
+    assert kinds(storage) == []
+
+
+def test_a_story_is_kept_as_long_as_its_record_at_least(storage: RedisStorage, clock: ManualClock) -> None:
+    granted = grant(storage, claim := ask("m1"))
+    clock.advance(1)
+    finish(storage, claim, granted)
+    storage.claim(replace(claim, retention=DAY))
+
+    clock.advance(DAY * 2)
+    storage.claim(replace(claim, retention=DAY))
+    clock.advance(WEEK - DAY * 2 - 1)
+    assert kinds(storage) == ["sent", "attempt", "handled", "suppressed", "suppressed"]
     clock.advance(1)
     assert kinds(storage) == []
 
