@@ -62,20 +62,19 @@ def in_hand(site: Site) -> int:
 def events_of(site: Site) -> Iterator[list[dict[str, Any]]]:
     """What Flower is told meanwhile."""
     seen: list[dict[str, Any]] = []
-    over, ready = threading.Event(), threading.Event()
+    over = threading.Event()
 
     def listen() -> None:
         with site.bare.connection_for_read() as connection:
             receiver = site.bare.events.Receiver(connection, handlers={"*": seen.append})
             with receiver.consumer_context() as (reading, _, _):
-                ready.set()
                 while not over.is_set():
                     with suppress(TimeoutError):
                         reading.drain_events(timeout=0.2)
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    until(lambda: bool(seen), "a heartbeat of the worker is heard")
     try:
         yield seen
     finally:
