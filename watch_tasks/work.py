@@ -113,9 +113,10 @@ class Work:
         """Whether it may be claimed some time before its handlers start.
 
         Not what came back, by a retry or a replay: it may be what killed its worker. Nor where handlers commit by
-        themselves, in their transaction.
+        themselves, in their transaction; nor what a batch handler gets, whose calls are claimed as a whole.
         """
-        return self.received.copy == 0 and self.once != "none" and not self.topic.transactional
+        is_plain = not self.topic.transactional and self.topic.batch is None
+        return self.received.copy == 0 and self.once != "none" and is_plain
 
     @property
     def max_retries(self) -> int | None:

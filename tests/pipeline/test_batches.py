@@ -192,6 +192,10 @@ class TestOneCall:
         assert kinds(pipeline.handle_many(carried)) == [Handled, Handled]
         assert calls.seen == [[0, 1]]
 
+    def test_nothing_is_claimed_ahead_of_its_call(self, pipe: Callable[..., Pipeline]) -> None:
+        """What is claimed ahead is run alone, as plain handlers are."""
+        assert pipe(Calls()).begin_ahead(many(2)) == [None, None]
+
     def test_an_overtaken_message_is_fenced_and_its_neighbours_are_not(
         self, pipe: Callable[..., Pipeline], clock: ManualClock
     ) -> None:

@@ -179,6 +179,17 @@ def test_where_one_crash_is_one_too_many_nobody_has_company(make_site: MakeSite)
     assert all(len(call) == 1 for call in batches(site))
 
 
+def test_alone_in_a_solo_worker_it_is_a_batch_of_one(make_site: MakeSite) -> None:
+    site = make_site(rows(size=5, seconds=60), "watch_max_crashes = 1\n")
+    site.worker(pool="solo")
+
+    for data in ("a", "b"):
+        site.send("rows", data)
+
+    site.until_handled(2)
+    assert sorted(batches(site)) == [["a"], ["b"]]
+
+
 def test_flower_is_told_of_each_message(make_site: MakeSite) -> None:
     site = make_site(rows(size=3, seconds=1))
     site.worker("-E")
