@@ -50,10 +50,10 @@ def install(app: Celery) -> Celery:
     else:  # a fixup is called before the app has its signals
         app.add_defaults(lambda: recommended(app.conf))
 
-    register_packets(app)
-
     def adopt(topic: Topic[Any]) -> None:
         register(app, topic)
+        # With the first topic, not before: a spawned child's app cannot have tasks yet when it is installed.
+        register_packets(app)
         if not topic.is_bound:
             topic.bind(outlet_of(app))
 

@@ -101,8 +101,9 @@ class PacketRequest(TopicRequest):
 
 
 def register_packets(app: Celery) -> None:
-    """Make the task of packets one of an app's."""
-    app.register_task(PacketTask())
+    """Make the task of packets one of an app's. Twice is safe."""
+    if bulk.TASK not in app.tasks:
+        app.register_task(PacketTask())
 
 
 def _told(taken: list[Taken]) -> str:
