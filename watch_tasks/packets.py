@@ -25,7 +25,7 @@ MOST_MEMBERS: Final = 250
 MOST_BYTES: Final = 262_144
 
 
-class More(msgspec.Struct, frozen=True, omit_defaults=True):
+class More(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What is rarely said of a message: a copy that is no longer the first, and rules of its own."""
 
     copy: int = 0
@@ -36,7 +36,7 @@ class More(msgspec.Struct, frozen=True, omit_defaults=True):
     sent_at: datetime | None = None
 
 
-class Member(msgspec.Struct, frozen=True, array_like=True):
+class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message in a packet."""
 
     id: str

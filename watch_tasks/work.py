@@ -28,7 +28,7 @@ _ATTEMPTS: Final = 100
 _ERROR: Final = 2000
 
 
-class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
+class Progress(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What a message carries from try to try, kept by the storage."""
 
     retries: int = 0
@@ -44,7 +44,7 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
         return Progress(max(kept.retries, self.retries), kept.handled + more, kept.attempts)
 
 
-class _Note(msgspec.Struct, frozen=True, omit_defaults=True):
+class _Note(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What the story of an index tells of an event."""
 
     id: str

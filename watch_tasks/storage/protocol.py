@@ -31,7 +31,7 @@ __all__ = [
 STORY_LENGTH: Final = 200
 
 
-class Claim(msgspec.Struct, frozen=True, kw_only=True):
+class Claim(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """May this worker handle this copy of a message now?"""
 
     topic: str
@@ -59,7 +59,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     note: bytes = b"{}"
 
 
-class Granted(msgspec.Struct, frozen=True):
+class Granted(msgspec.Struct, frozen=True, gc=False):
     """Handle it: the claim holds until its lease ends, and counts until somebody else takes over."""
 
     #: Higher than every token granted before by this storage.
@@ -83,7 +83,7 @@ class Refusal(StrEnum):
     CONFLICT = "conflict"  #: other data was handled under the index, and the once-rule says once
 
 
-class Refused(msgspec.Struct, frozen=True):
+class Refused(msgspec.Struct, frozen=True, gc=False):
     """Do not handle it."""
 
     why: Refusal
@@ -102,7 +102,7 @@ class Step(StrEnum):
     RELEASED = "released"  #: the worker gives it back unfinished, at no cost; `blob` is its progress
 
 
-class Commit(msgspec.Struct, frozen=True, kw_only=True):
+class Commit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Make this of that message, if its token is still the newest.
 
     Committing the same again (its answer was lost) is accepted and changes nothing.
@@ -136,7 +136,7 @@ class Settled(StrEnum):
     REFUSED = "refused"  #: the token is not the newest: nothing was changed
 
 
-class Put(msgspec.Struct, frozen=True, kw_only=True):
+class Put(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Keep this record, handled elsewhere or earlier."""
 
     topic: str
@@ -154,7 +154,7 @@ class Put(msgspec.Struct, frozen=True, kw_only=True):
     only_newer: bool = False
 
 
-class Replay(msgspec.Struct, frozen=True, kw_only=True):
+class Replay(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """May the dead letter of this id be published as its next copy?"""
 
     id: str

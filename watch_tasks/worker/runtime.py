@@ -5,6 +5,7 @@ Each process opens its own: connections must not cross a fork.
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import os
@@ -137,6 +138,8 @@ class Runtime:
                 interrupts=_ends_child if can_die else lambda error: False,
                 kill_after=settings.kill_after if can_die else None,
             )
+            # What is there now stays as long as the process: Python's collector need not go through it again and again.
+            gc.freeze()
             # One for all threads: two would name their claims alike, and both be granted the same message.
             found = self._pipelines.setdefault(worker, made)
         return found
