@@ -206,7 +206,9 @@ def _join(place: Place, kinds: dict[str, str], joined: Joined) -> None:
     joined.handled, joined.commits_accepted = len(records), written.total()
     joined.commits_cut_off = len((records & asked) - written.keys())
     joined.lost = sorted(map(str, (fine | kinds.keys()) - records - letters.keys()))
-    joined.neighbours_dead = sorted(map(str, letters.keys() & fine))
+    joined.neighbours_dead = [
+        f"{index}: {letter.reason} {letter.error}" for index, letter in letters.items() if index in fine
+    ]
     joined.killers_dead = sum(
         index in expect["kill"] and letter.reason is Reason.KILLED_WORKER for index, letter in letters.items()
     )
