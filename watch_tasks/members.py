@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from . import points
 from .errors import MessageError, StorageUnavailableError
@@ -36,8 +37,7 @@ _TOGETHER: Final = 1.0
 _ENOUGH: Final = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """What became of one member."""
 
     member: Member

@@ -117,9 +117,10 @@ class Runner:
 
     def _run_plain(self, delivery: _Delivery, handler: Handler, is_last: bool) -> Settlement | None:
         self._call(delivery, handler)
-        if is_last:
-            return Settlement(self._handled(delivery), Handled(delivery.spent()), delivery.work.carrier)
-        return self._mark(delivery)
+        if not is_last:
+            return self._mark(delivery)
+        spent = delivery.spent()
+        return Settlement(self.handled(delivery.work, spent, delivery.notes), Handled(spent), delivery.work.carrier)
 
     def _call(self, delivery: _Delivery, handler: Handler, connection: Any = None) -> None:
         """Call a handler; when it returned, it has finished."""

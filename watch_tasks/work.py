@@ -256,8 +256,7 @@ class Work:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True):
     """How a message ended: what to store, the outcome once that is stored, and what carries it if it cannot be."""
 
     commit: Commit

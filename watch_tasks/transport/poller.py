@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
 from kombu.transport.redis import MultiChannelPoller
+from kombu.utils.eventio import ERR, READ
 
 __all__ = ["Poller"]
 
@@ -39,6 +41,16 @@ class Poller(MultiChannelPoller):
             channel._in_poll = None
             self._register(channel, channel.client, "BRPOP")
 
+    def _poll(self, timeout: float | None) -> Any:
+        if self.wake is None:
+            return self.poller.poll(timeout)
+        # The poller is the event loop's. Somebody waits here without the loop, as a worker does for its neighbours when
+        # it starts: what others read by the loop must not end that, again and again.
+        own = select.poll()
+        for fileno in self._fd_to_chan:
+            own.register(fileno, READ | ERR)
+        return own.poll(None if timeout is None else timeout * 1000)
+
     def get(self, callback: Any, timeout: float | None = None) -> None:
         self._in_protected_read = True
         try:
@@ -46,7 +58,7 @@ class Poller(MultiChannelPoller):
             if self.on_poll_start():
                 return
             waits = [channel.patience() for channel in self._channels if channel.active_queues]
-            events = self.poller.poll(min([*waits, *([] if timeout is None else [timeout])], default=None))
+            events = self._poll(min([*waits, *([] if timeout is None else [timeout])], default=None))
             is_any = False
             for fileno, event in events or ():
                 try:
