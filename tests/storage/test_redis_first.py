@@ -448,3 +448,17 @@ def _commands(server: RedisServer) -> int:
     return sum(
         found["calls"] for name, found in stats.items() if name not in ("cmdstat_info", "cmdstat_config|resetstat")
     )
+
+
+def test_a_state_that_somebody_removed_by_hand_is_no_story_and_stops_nobody(
+    server: RedisServer, storage: RedisStorage
+) -> None:
+    claims = [ask("m1", index="order-1"), ask("m2", index="order-2")]
+    storage.claim_many(claims)
+    with server.client() as client:
+        assert client.delete("watch:s:m1") == 1
+
+    assert kinds(storage, "order-1") == []
+    granted = storage.claim(ask("m1", index="order-1", worker="other"))
+    assert isinstance(granted, Granted)
+    assert kinds(storage, "order-1")[-1] == "attempt"

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import Reject
 
-from watch_tasks import DeadLetterError, Topic
+from watch_tasks import Reason, Topic
 from watch_tasks.packets import Member, Packet
 from watch_tasks.queue import bulk
 from watch_tasks.registry import registry
@@ -64,6 +64,8 @@ def test_one_that_cannot_be_buried_before_the_stop_comes_again(
     assert [letter.raw for letter in storage.dead()] == [b"1"]
 
 
-def test_what_is_no_packet_is_not_asked_for_again_and_again(run: Callable[[bytes], str]) -> None:
-    with pytest.raises(DeadLetterError, match="what is no packet"):
-        run(b"7")
+def test_what_is_no_packet_is_not_asked_for_again_and_again(
+    run: Callable[[bytes], str], storage: TroubledStorage
+) -> None:
+    assert run(b"7") == "1 dead"
+    assert [(letter.reason, letter.raw) for letter in storage.dead()] == [(Reason.MALFORMED, b"7")]

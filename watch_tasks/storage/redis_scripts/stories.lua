@@ -95,7 +95,13 @@ local function open_story(topic, index)
   local kind = redis.call('TYPE', key).ok
   if kind == 'string' then
     local id = redis.call('GET', key)
-    unfold_state(id, redis.call('GET', PREFIX .. 's:' .. id))
+    local state = redis.call('GET', PREFIX .. 's:' .. id)
+    if state and string.sub(state, 1, 1) == TAG then
+      unfold_state(id, state)
+    else
+      -- Somebody removed the state by hand, and its events with it.
+      redis.call('DEL', key)
+    end
   end
   return key, kind ~= 'none'
 end

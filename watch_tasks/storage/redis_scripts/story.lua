@@ -7,7 +7,9 @@ local listed = kind == 'list' and redis.call('LRANGE', key, 0, -1) or {}
 local events, ends = {}, 0
 if kind == 'string' then
   local id = redis.call('GET', key)
-  events, ends = get_folded().of_state(id, redis.call('GET', PREFIX .. 's:' .. id))
+  local state = redis.call('GET', PREFIX .. 's:' .. id)
+  -- Without it, somebody removed it by hand.
+  if state and string.sub(state, 1, 1) == TAG then events, ends = get_folded().of_state(id, state) end
 else
   local _, stored = read_record(topic, index)
   if listed[1] then ends = select(2, struct.unpack('>dd', listed[#listed])) end
