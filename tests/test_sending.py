@@ -497,7 +497,7 @@ class TestSender:
 
     @pytest.mark.parametrize("size", [0, -1, MOST_MEMBERS + 1, True])
     def test_a_size_that_is_none_is_refused(self, bound: Topic[Any], size: int) -> None:
-        with pytest.raises(ValueError, match="`size` must be 1 to 250"):
+        with pytest.raises(ValueError, match="`size` must be 1 to 500"):
             bound.sender(size=size)
 
     @pytest.mark.parametrize("linger", [-1, float("inf"), float("nan")])

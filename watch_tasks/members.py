@@ -132,7 +132,8 @@ class _Round:
         self.until = until
         self._outcomes: dict[int, Outcome] = {}
         #: Those that are handled and not recorded yet.
-        self._ended: list[tuple[int, Settlement]] = []
+        self._ended: deque[tuple[int, Settlement]] = deque()
+        #: Who records.
         self._lock = threading.Lock()
 
     def handle(self, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Taken]:
@@ -173,8 +174,7 @@ class _Round:
                     is_run = not is_enough and not work.crashes
                     ended = self._pipeline.run(work) if is_run else Settlement(work.commit(Step.RELEASED), Busy(0.0))
                     works.popleft()
-                    with self._lock:
-                        self._ended.append((number, ended))
+                    self._ended.append((number, ended))
                     now = time.monotonic()
             self._settle()
 
@@ -213,12 +213,15 @@ class _Round:
 
     def _settle(self) -> None:
         with self._lock:
-            outcomes = self._pipeline.settle([settlement for _, settlement in self._ended])
-            self._outcomes.update(zip((number for number, _ in self._ended), outcomes, strict=True))
-            self._ended.clear()
+            # More may end meanwhile.
+            ended = list(self._ended)
+            outcomes = self._pipeline.settle([settlement for _, settlement in ended])
+            self._outcomes.update(zip((number for number, _ in ended), outcomes, strict=True))
+            for _ in ended:
+                self._ended.popleft()
 
     def _give_back(self, works: deque[tuple[int, Work]]) -> None:
-        commits = [settlement.commit for _, settlement in self._ended if not settlement.is_stored]
+        commits = [settlement.commit for _, settlement in list(self._ended) if not settlement.is_stored]
         # The first of these is the one in hand: whoever interrupted it has said what becomes of it.
         commits += [work.commit(Step.RELEASED) for _, work in list(works)[1:] if work.token is not None]
         try:
@@ -241,8 +244,9 @@ def _apart(pairs: _Pairs, pipeline: Pipeline) -> tuple[_Pairs, _Pairs]:
     later: _Pairs = []
     ids: set[str] = set()
     indexes: set[str] = set()
+    once = pipeline.once_of(pairs[0][1].topic)  # they are all of one topic
     for member, message in pairs:
-        index = message.index if pipeline.once_of(message) == "index" else None
+        index = message.index if (message.once or once) == "index" else None
         if message.id in ids or index in indexes:
             later.append((member, message))
             continue

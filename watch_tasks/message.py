@@ -120,12 +120,31 @@ class Message(_Positional[T], frozen=True, kw_only=True):
         if self.once is not None and self.once not in ("message", "index", "none"):
             raise MessageError(f'`once` must be "message", "index" or "none", got {self.once!r}')
 
-    def for_attempt(self, **fields: Any) -> Message[T]:
+    def for_attempt(
+        self,
+        data: T,
+        retries: int,
+        handled: tuple[str, ...],
+        deadline: datetime | None,
+        token: int | None,
+        idempotency_key: str,
+        connection: Any,
+    ) -> Message[T]:
         """Return the message with these fields set, unchecked: for what a worker knows of an attempt."""
         untyped: Any = self  # structs copy themselves, which their types do not say
         made: Message[T] = untyped.__copy__()
-        for name, value in fields.items():
-            force_setattr(made, name, value)
+        force_setattr(made, "data", data)
+        force_setattr(made, "token", token)
+        force_setattr(made, "idempotency_key", idempotency_key)
+        # The others mostly say already what they should.
+        if retries != self.retries:
+            force_setattr(made, "retries", retries)
+        if handled != self.handled:
+            force_setattr(made, "handled", handled)
+        if deadline is not self.deadline:
+            force_setattr(made, "deadline", deadline)
+        if connection is not self.connection:
+            force_setattr(made, "connection", connection)
         return made
 
     def next_copy(self, *, retries: int, handled: tuple[str, ...]) -> Message[T]:

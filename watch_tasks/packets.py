@@ -21,7 +21,7 @@ __all__ = ["MOST_BYTES", "MOST_MEMBERS", "Member", "Packet", "StrangeMember", "m
 
 #: Members that a packet has at most, and bytes of JSON: so many that what the packet itself costs hardly counts, and so
 #: few that a group of them does not keep a server from others for long.
-MOST_MEMBERS: Final = 250
+MOST_MEMBERS: Final = 500
 MOST_BYTES: Final = 262_144
 
 

@@ -214,12 +214,14 @@ class Pipeline:
         found = list(map(self._read, messages, plains or itertools.repeat(None)))
         asked = [work for work in found if isinstance(work, Work) and work.once != "none"]
         try:
-            answers = self._claim(asked, started=started)
+            answers = iter(self._claim(asked, started=started))
         except StorageUnavailableError:
             # Asked to stop: nothing is handled without a claim, so the same copies go back.
             return [Busy(0.0) if isinstance(work, Work) else work for work in found]
-        answered = {id(work): self._answer(work, answer) for work, answer in zip(asked, answers, strict=True)}
-        return [answered.get(id(work), work) for work in found]
+        return [
+            self._answer(work, next(answers)) if isinstance(work, Work) and work.once != "none" else work
+            for work in found
+        ]
 
     def begin_ahead(self, messages: Sequence[Message[Any]]) -> list[Work | Outcome | None]:
         """Decode and claim messages whose handlers do not start at once: a crash meanwhile counts against nobody.
@@ -272,10 +274,13 @@ class Pipeline:
             ]
         if open:
             points.reach("after_commit")
-        outcomes = []
-        for settlement in settlements:
-            outcomes.append(settlement.outcome if settlement.is_stored or next(accepted) else Fenced())
-            _log(settlement.commit, outcomes[-1])
+        outcomes = [
+            settlement.outcome if settlement.is_stored or next(accepted) else Fenced() for settlement in settlements
+        ]
+        is_told = logger.isEnabledFor(logging.INFO)
+        for settlement, outcome in zip(settlements, outcomes, strict=True):
+            if is_told or isinstance(outcome, Dead):
+                _log(settlement.commit, outcome)
         return outcomes
 
     # -- what never becomes work
@@ -354,10 +359,10 @@ class Pipeline:
             "(`imports` in celeryconfig.py, or -I MODULE), then send the message again"
         )
 
-    def once_of(self, message: Message[Any]) -> Once | None:
-        """Return the once-rule that holds for a message; None: nobody here knows its topic."""
-        topic = self._find(message.topic)
-        return message.once or (topic.once if topic else None)
+    def once_of(self, topic: str) -> Once | None:
+        """Return the once-rule of a topic; None: nobody here knows it."""
+        found = self._find(topic)
+        return found.once if found else None
 
     # -- steps
 
@@ -418,8 +423,6 @@ class Pipeline:
 
 
 def _log(commit: Commit, outcome: Outcome) -> None:
-    if not isinstance(outcome, Dead) and not logger.isEnabledFor(logging.INFO):
-        return
     action = type(outcome).__name__.lower()
     extra = {"action": action, "topic": commit.topic, "message_id": commit.id, "index": commit.index}
     match outcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
@@ -40,24 +40,30 @@ _AGAIN: Final = (0.1, 1.0)
 class _Delivery:
     """How far the handlers of one delivery have come."""
 
+    __slots__ = ("_started", "begun", "deadline", "ended", "is_unsure", "left", "notes", "timeout", "work")
+
     def __init__(self, work: Work) -> None:
         self.work = work
         self.timeout = work.topic.timeout
         self.deadline = None if self.timeout is None else work.now() + timedelta(seconds=self.timeout)
-        self.left = [handler for handler in work.topic.handlers if handler.name not in work.progress.handled]
+        self.left: Sequence[Handler] = work.topic.handlers
+        if work.progress.handled:
+            self.left = [handler for handler in self.left if handler.name not in work.progress.handled]
         #: Events that are not stored yet.
         self.notes: _Notes = []
         #: Whether nobody knows if the last commit holds.
         self.is_unsure = False
         self._started = time.monotonic()
+        #: When the newest handler started, and when the last one finished.
+        self.begun = self.ended = self._started
 
     def spent(self) -> float:
-        """Return the seconds since the first handler started."""
-        return time.monotonic() - self._started
+        """Return the seconds from the start of the first handler to the end of the last one that finished."""
+        return self.ended - self._started
 
     def seconds(self) -> float | None:
         """Return the seconds that are left; None: no limit."""
-        return None if self.timeout is None else max(self.timeout - self.spent(), 0.0)
+        return None if self.timeout is None else max(self.timeout - (time.monotonic() - self._started), 0.0)
 
 
 class Runner:
@@ -90,11 +96,10 @@ class Runner:
         delivery = _Delivery(work)
         step = self._run_in_transaction if work.topic.transactional else self._run_plain
         for number, handler in enumerate(delivery.left):
-            begun = time.monotonic()
             try:
                 ended = step(delivery, handler, number + 1 == len(delivery.left))
             except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here
-                return self.failed(work, handler.name, exc, time.monotonic() - begun, delivery.notes)
+                return self.failed(work, handler.name, exc, time.monotonic() - delivery.begun, delivery.notes)
             except BaseException:
                 # Where nobody stops the worker, its handler brought this upon its process: that counts as a crash.
                 if self._stopping() and not delivery.is_unsure:
@@ -103,7 +108,7 @@ class Runner:
             if ended:
                 return ended
         # Every handler had finished before.
-        return Settlement(self._handled(delivery), Handled(delivery.spent()), work.carrier)
+        return self._ended(delivery)
 
     def dead(
         self, work: Work, reason: Reason, error: Exception, handler: str | None = None, notes: _Notes | None = None
@@ -119,19 +124,22 @@ class Runner:
         self._call(delivery, handler)
         if not is_last:
             return self._mark(delivery)
-        spent = delivery.spent()
-        return Settlement(self.handled(delivery.work, spent, delivery.notes), Handled(spent), delivery.work.carrier)
+        return self._ended(delivery)
 
     def _call(self, delivery: _Delivery, handler: Handler, connection: Any = None) -> None:
         """Call a handler; when it returned, it has finished."""
-        work, begun = delivery.work, time.monotonic()
+        work, delivery.begun = delivery.work, time.monotonic()
         message = work.for_handler(handler.name, delivery.deadline, connection)
         points.reach("in_handler")
         run_handler(handler, message, delivery.seconds(), interrupts=self._interrupts, kill_after=self._kill_after)
         points.reach("after_effect")
+        delivery.ended = time.monotonic()
         work.finished(handler.name)
-        told = work.note(handler=handler.name, seconds=time.monotonic() - begun)
+        told = work.note(handler=handler.name, seconds=delivery.ended - delivery.begun)
         delivery.notes.append(("handler", told))
+
+    def _ended(self, delivery: _Delivery) -> Settlement:
+        return Settlement(self._handled(delivery), Handled(delivery.spent()), delivery.work.carrier)
 
     def _handled(self, delivery: _Delivery) -> Commit:
         return self.handled(delivery.work, delivery.spent(), delivery.notes)

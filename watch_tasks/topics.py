@@ -327,7 +327,7 @@ class Topic(Generic[T]):
                     sender.send(Alarm(line.host, line.level))
 
         Args:
-            size: messages that are sent together at most, 1 to 250.
+            size: messages that are sent together at most, 1 to 500.
             linger: seconds that a message waits for others to go with it, at most. What a program that is killed has
                 not sent yet is lost with it: 0 sends each at once.
             on_verdict: called with each message and what became of it, in the thread that sent it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -14,10 +13,10 @@ from msgspec.structs import replace
 
 from .message import Message, Once
 from .outcome import Busy, Outcome, Reason, Retry, Snoozed
-from .record import Attempt, DeadLetter, Record
+from .record import Attempt, DeadLetter
 from .schema import dump
 from .storage.protocol import Claim, Commit, Granted, Step
-from .storage.stored import encode_letter, encode_record
+from .storage.stored import encode_letter, encode_rest
 from .topics import Topic
 
 __all__ = ["Progress", "Settlement", "Work", "digest_of", "error_text", "shown"]
@@ -59,8 +58,7 @@ class _Note(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 _encode: Final = msgspec.json.Encoder().encode
 
 
-@dataclass(slots=True)
-class Work:
+class Work(msgspec.Struct, eq=False):
     """A message in hand: decoded, and claimed unless its once-rule is "none"."""
 
     topic: Topic[Any]
@@ -78,8 +76,8 @@ class Work:
     token: int | None = None
     crashes: int = 0
     #: The storage's clock when it was claimed, and ours.
-    claimed_at: float = field(default_factory=time.time)
-    started: float = field(default_factory=time.monotonic)
+    claimed_at: float = msgspec.field(default_factory=time.time)
+    started: float = msgspec.field(default_factory=time.monotonic)
 
     @classmethod
     def read(cls, topic: Topic[Any], message: Message[Any], worker: str, plain: bytes | None = None) -> Work:
@@ -156,19 +154,15 @@ class Work:
 
     def for_handler(self, name: str, deadline: datetime | None, connection: Any = None) -> Message[Any]:
         """Return the message as a handler gets it."""
-        return self.received.for_attempt(
-            data=self.data,
-            retries=self.progress.retries,
-            handled=self.progress.handled,
-            deadline=deadline,
-            token=self.token,
-            idempotency_key=f"{self.received.id}:{name}",
-            connection=connection,
+        message, progress = self.received, self.progress
+        return message.for_attempt(
+            self.data, progress.retries, progress.handled, deadline, self.token, f"{message.id}:{name}", connection
         )
 
     def finished(self, handler: str) -> None:
         """Note that a handler finished."""
-        self.progress = msgspec.structs.replace(self.progress, handled=(*self.progress.handled, handler))
+        before = self.progress
+        self.progress = Progress(before.retries, (*before.handled, handler), before.attempts)
 
     def failed(self, handler: str, error: BaseException, seconds: float) -> None:
         """Note that a handler failed."""
@@ -194,7 +188,7 @@ class Work:
             id=message.id,
             copy=message.copy,
             token=self.token,
-            blob=msgspec.json.encode(self.progress) if blob is None else blob,
+            blob=_encode(self.progress) if blob is None else blob,
             digest=self.digest if step is Step.HANDLED else "",
             retention=self.topic.retention,
             notes=tuple(notes),
@@ -214,22 +208,10 @@ class Work:
         return _encode(_Note(message.id, message.copy, retries, handler, seconds, error, worker))
 
     def record(self, seconds: float) -> bytes:
-        """Return the record that it was handled."""
+        """Return what a storage keeps of it as handled, beside what the commit says."""
         message = self.received
-        return encode_record(
-            Record(
-                topic=message.topic,
-                index=message.index,
-                id=message.id,
-                retries=self.progress.retries,
-                max_retries=self.max_retries,
-                sent_at=message.sent_at,
-                seconds=seconds,
-                worker=self.worker,
-                digest=self.digest,
-                data=msgspec.Raw(self.plain) if self.topic.keep_data else None,
-            )
-        )
+        data = self.plain if self.topic.keep_data else None
+        return encode_rest(self.progress.retries, self.max_retries, message.sent_at, seconds, self.worker, data)
 
     def letter(self, reason: Reason, error: BaseException, handler: str | None) -> bytes:
         """Return its dead letter."""

@@ -154,7 +154,7 @@ WATCH_BULK = Contender(
     module="watch",
     keeps="as watch_tasks, for each message of what `send_many` sent",
     bulk="`send_many`",
-    # So many packets that the first and the last of them hardly count: they take up to 250.
+    # So many packets that the first and the last of them hardly count: they take up to 500.
     least=20_000,
     # Of packets: with a hundred of them one worker would take what is there for two.
     **_of_celery("watch", prefetch=4),

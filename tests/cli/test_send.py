@@ -215,7 +215,7 @@ class TestManyLines:
         result = run("send", "--from", str(file), "--topic", "log")
 
         assert (result.exit_code, lines(result)[-1]["sent"]) == (0, 600)
-        assert [item["headers"]["watch"]["messages"] for item in queued(valkey)] == [250, 250, 100]
+        assert [item["headers"]["watch"]["messages"] for item in queued(valkey)] == [500, 100]
         assert [message.data["n"] for message in waiting(valkey)] == list(range(600))
 
     def test_rules_of_the_lines_go_with_them(self, run: Run, valkey: RedisServer) -> None:

@@ -11,7 +11,16 @@ from ..errors import SchemaError
 from ..record import DeadLetter, Record
 from ..schema import dump, load
 
-__all__ = ["Stored", "StoredRecord", "encode_letter", "encode_record", "letter_of", "record_of", "time_of"]
+__all__ = [
+    "Stored",
+    "StoredRecord",
+    "encode_letter",
+    "encode_record",
+    "encode_rest",
+    "letter_of",
+    "record_of",
+    "time_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,7 @@ class StoredRecord:
     blob: bytes
 
 
-class _Rest(msgspec.Struct, frozen=True, array_like=True):
+class _Rest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a record holds beyond a `StoredRecord`. As few bytes as will do: there may be ten million."""
 
     retries: int
@@ -51,6 +60,9 @@ class _Rest(msgspec.Struct, frozen=True, array_like=True):
     data: bytes | None
 
 
+_encode = msgspec.msgpack.Encoder().encode
+
+
 def encode_record(record: Record) -> bytes:
     """Return what backends keep of a record beside its topic, index, id, digest and times.
 
@@ -58,8 +70,14 @@ def encode_record(record: Record) -> bytes:
         SchemaError: its data has no JSON form.
     """
     data = None if record.data is None else dump(record.data)
-    rest = _Rest(record.retries, record.max_retries, record.sent_at, record.seconds, record.worker, data)
-    return msgspec.msgpack.encode(rest)
+    return encode_rest(record.retries, record.max_retries, record.sent_at, record.seconds, record.worker, data)
+
+
+def encode_rest(
+    retries: int, max_retries: int | None, sent_at: datetime | None, seconds: float, worker: str, data: bytes | None
+) -> bytes:
+    """Return the same of a record that nobody has made; its data is JSON, or None: not kept."""
+    return _encode(_Rest(retries, max_retries, sent_at, seconds, worker, data))
 
 
 def encode_letter(letter: DeadLetter) -> bytes:
