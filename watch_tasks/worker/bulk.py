@@ -15,6 +15,7 @@ from ..members import Members, Taken
 from ..outcome import Busy, Dead, Fenced, Outcome, Reason
 from ..packets import Packet
 from ..queue import bulk, wire
+from .hand import IDS
 from .request import TopicRequest
 from .runtime import runtime_of
 from .task import TopicTask, Yielded, worker_of
@@ -78,7 +79,7 @@ class PacketRequest(TopicRequest):
         # The child decodes the members by itself: to Celery their JSON is one argument, as bytes.
         super().__init__(message, **{**options, "body": message.payload, "decoded": True})
         self._raw: bytes = message.payload[0][0]
-        self._ids = bulk.names(self._raw)
+        self._ids = getattr(message, IDS)
 
     def _count_crash(self) -> int:
         # Nobody knows whose handler it was. Counted against all, or those asked that left before and crashed alone,

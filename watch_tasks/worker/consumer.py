@@ -30,7 +30,7 @@ from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
 from .collecting import Collector
 from .gathering import Gathering
-from .hand import HAND, Hand
+from .hand import HAND, IDS, Hand
 from .request import TopicRequest
 from .runtime import runtime_of
 from .settings import transport_leases
@@ -339,7 +339,7 @@ def _check(app: Any, pool: Any, runtime: Any) -> None:
 
 
 def _read_packet(message: Any) -> None:
-    """See that a message is a packet, and spare Celery the decoding of its members.
+    """See that a message is a packet, note its members' ids, and spare Celery the decoding of the rest.
 
     Raises:
         MessageError: it is none.
@@ -348,7 +348,7 @@ def _read_packet(message: Any) -> None:
         raise MessageError(f"the content type of a packet must be `application/json`, got {message.content_type!r}")
     raw = message.body if isinstance(message.body, bytes) else message.body.encode()
     bulk.check_headers(message.headers)
-    bulk.names(raw)
+    setattr(message, IDS, bulk.names(raw))
     message._decoded_cache = [[raw], {}, None]
 
 

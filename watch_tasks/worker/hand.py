@@ -9,10 +9,12 @@ from ..message import Message
 from ..outcome import Outcome
 from ..work import Settlement, Work
 
-__all__ = ["HAND", "Hand"]
+__all__ = ["HAND", "IDS", "Hand"]
 
 #: The field of a task's request that holds it; never sent on.
 HAND: Final = "watch_hand"
+#: The attribute of a packet's delivery that holds the ids of its members.
+IDS: Final = "watch_ids"
 
 
 @dataclass(slots=True)
