@@ -12,7 +12,7 @@ from celery.exceptions import Reject
 
 from ..errors import MessageError, StorageError
 from ..members import Members, Taken
-from ..outcome import Busy, Dead, Fenced, Outcome, Reason
+from ..outcome import Busy, Dead, Duplicate, Fenced, Handled, Outcome, Reason
 from ..packets import Packet
 from ..queue import bulk, wire
 from .hand import IDS
@@ -50,21 +50,22 @@ class PacketTask(TopicTask):
                 taken = members.take_apart(packet)
             else:
                 taken = members.handle(packet)
-            self._publish_all(packet, taken)
-        if any(one.message is None and not isinstance(one.outcome, Dead) for one in taken):
+            unsettled = [one for one in taken if not isinstance(one.outcome, (Handled, Duplicate, Dead))]
+            self._publish_all(packet, unsettled)
+        if any(one.message is None for one in unsettled):
             # No copy can carry what is no message: only the packet has it.
             raise Reject("a member could not be buried before the stop", requeue=True)
-        if any(isinstance(one.outcome, Fenced) for one in taken):
+        if any(isinstance(one.outcome, Fenced) for one in unsettled):
             raise Yielded("a member was taken over by another worker")
         return _told(taken)
 
-    def _publish_all(self, packet: Packet, taken: list[Taken]) -> None:
+    def _publish_all(self, packet: Packet, unsettled: list[Taken]) -> None:
         """Publish what goes on; what was left untouched, as packets again."""
         runtime = runtime_of(self.app)
-        for one in taken:
+        for one in unsettled:
             if one.message is not None and not one.is_left:
                 self.publish(runtime, one.message, one.outcome)
-        left = [one.member for one in taken if one.is_left]
+        left = [one.member for one in unsettled if one.is_left]
         middle = (len(left) + 1) // 2
         # In two, so that what is slow to handle is soon spread over all workers.
         for half in filter(None, (left[:middle], left[middle:])):
@@ -108,5 +109,5 @@ def register_packets(app: Celery) -> None:
 
 
 def _told(taken: list[Taken]) -> str:
-    counts = Counter(type(one.outcome).__name__.lower() for one in taken)
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+    counts = Counter([type(one.outcome) for one in taken])
+    return ", ".join(f"{count} {kind.__name__.lower()}" for kind, count in counts.items())
