@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-#: Messages that one process can count; its file has no more than that.
-SLOTS = 1_000_000
+#: Messages that one process can count: its file has no more than that. Where nobody reads them, so many are plenty.
+SLOTS = int(os.environ.get("RESULT_SLOTS", "1000000"))
 #: Bytes of a slot: what the message said, and when it was handled.
 SLOT = 16
 
@@ -28,9 +28,11 @@ _sheet: memoryview | None = None
 
 
 def seen(value: float) -> None:
-    """Count one message. `value` is what it carried: its number, or when it was sent."""
+    """Count one message. `value` is what it carried: its number, or when it was sent. Those past the last slot write
+    over the first ones.
+    """
     sheet = _sheet or _open_sheet()
-    slot = 2 * next(_numbers)
+    slot = 2 * (next(_numbers) % SLOTS)
     sheet[slot] = value
     sheet[slot + 1] = time.monotonic()
 
