@@ -128,6 +128,19 @@ class TestMessages:
         assert (message.payload, message.headers["x"]) == ({"a": [1, "ü"]}, 1)
         message.ack()
 
+    def test_a_channel_keeps_its_clients(self, connect: Any) -> None:
+        channel = connect().default_channel
+        kept = channel._create_client(), channel._plain()
+        assert (channel._create_client(), channel._plain()) == kept
+
+    def test_its_clients_are_those_of_the_connections_it_has(self, connect: Any) -> None:
+        connection = connect()
+        send(connection, "first", "x" * 100_000)
+        connection.default_channel._disconnect_pools()
+        send(connection, "then", "y" * 100_000)
+        bodies = [message.payload for message in Reader(connect(StockTransport)).take(4)]
+        assert bodies == ["first", "x" * 100_000, "then", "y" * 100_000]
+
     def test_what_one_gives_back_the_other_reads(self, connect: Any) -> None:
         ours = connect()
         send(ours, "back")

@@ -25,6 +25,7 @@ from ..queue.flight import EVERY, LEASE, Flight, Item, besides_key, later_key, l
 from ..queue.item import due_at, open_item, without_eta
 from .bounded import bound_decoders
 from .codec import ForgivingBase64
+from .one_write import in_one_write
 from .poller import Poller
 from .waker import Waker
 
@@ -121,6 +122,9 @@ class Channel(stock.Channel):
     from_transport_options = (*stock.Channel.from_transport_options, "lease", "renew_every")
 
     _flight: Flight | None = None
+    #: Clients of the pool, kept for as long as it is the same: kombu's own, and one that adds no prefix.
+    _sync_client: Any = None
+    _plain_client: redis.Redis | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound_decoders(_INFLATED, firmly=False)
@@ -372,8 +376,7 @@ class Channel(stock.Channel):
         if batch is not None:
             batch.add("eval", *words)
             return
-        with self.conn_or_acquire() as client:
-            client.eval(*words)
+        self._plain().eval(*words)
 
     # -- the queue as a whole
 
@@ -410,10 +413,24 @@ class Channel(stock.Channel):
 
     def _plain(self) -> redis.Redis:
         """Return a client that adds no prefix: the keys here have it."""
-        return redis.Redis(connection_pool=self.pool)
+        pool = self.pool
+        if self._plain_client is None or self._plain_client.connection_pool is not pool:
+            self._plain_client = redis.Redis(connection_pool=pool)
+        return self._plain_client
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        # kombu makes one for each message that is sent, which costs as much as the rest of sending it.
+        pool = self.pool
+        if self._sync_client is None or self._sync_client.connection_pool is not pool:
+            self._sync_client = super()._create_client()
+        return self._sync_client
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         params: dict[str, Any] = super()._connparams(asynchronous=asynchronous)
+        if not asynchronous:
+            params["connection_class"] = in_one_write(params["connection_class"])
         # Only the newer protocol has pushes; nothing else needs it, and it costs a greeting at each connection.
         params["protocol"] = 3 if asynchronous else 2
         return params
