@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import subprocess
@@ -238,6 +239,23 @@ class TestMembers:
         bound.send_many(sent)
         assert truck.packets[0] == sent
 
+    @pytest.mark.parametrize("told", [None, Told()])
+    def test_data_is_what_it_was_when_it_was_given(self, truck: Truck, bound: Topic[Any], told: Told | None) -> None:
+        reused: dict[str, Any] = {}
+
+        def items() -> Iterator[dict[str, Any]]:
+            for number in range(3):
+                reused["number"] = number
+                yield reused
+
+        bound.send_many(items(), on_verdict=told)
+        assert truck.data == [{"number": 0}, {"number": 1}, {"number": 2}]
+
+    def test_it_is_told_of_as_it_was_sent(self, truck: Truck, bound: Topic[Any]) -> None:
+        told: list[Message[Any]] = []
+        bound.send_many([{"n": 1}, {"n": 2}], on_verdict=lambda message, verdict: told.append(message))
+        assert truck.packets == [told]
+
     def test_a_message_of_another_topic_is_a_mistake(self, truck: Truck, bound: Topic[Any]) -> None:
         with pytest.raises(TopicError):
             bound.send_many([1, Message(2, "other"), 3])
@@ -254,6 +272,12 @@ class TestMembers:
     def test_fresh_ids_never_end(self) -> None:
         ids = list(itertools.islice(new_ids(), 3 * MOST_MEMBERS))
         assert len(set(ids)) == 3 * MOST_MEMBERS
+
+    def test_a_fresh_id_is_a_random_uuid(self) -> None:
+        numbers = [UUID(id).int for id in itertools.islice(new_ids(), 1_000)]
+        # Each bit but the six that are fixed is now this, now that.
+        assert functools.reduce(int.__or__, numbers) == UUID("ffffffff-ffff-4fff-bfff-ffffffffffff").int
+        assert functools.reduce(int.__and__, numbers) == UUID("00000000-0000-4000-8000-000000000000").int
 
 
 class TestVerdicts:
