@@ -217,6 +217,61 @@ class TestPlain:
             anything.encode(nested(100_000))
 
 
+class Shouted(PlainSchema):
+    """A schema of somebody's own, by way of the plain one."""
+
+    def encode(self, data: Any) -> Any:
+        return str(data).upper()
+
+
+class Word(str):
+    """What derives from text is not text alone."""
+
+
+class TestDumped:
+    """What a topic dumps is what `dump` makes of what it encodes, whichever way that takes."""
+
+    @given(json)
+    def test_of_json_values(self, data: Any) -> None:
+        assert anything.dump(data) == dump(anything.encode(data))
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {2: "a", 10: "b"},
+            {1: "a", "1": "b"},
+            {"b": 1, "a": {"d": 1, "c": 2}},
+            {"b": "\ud800", "a": "\udfff"},
+            ["\ud800"],
+            "\ud800",
+            [math.nan, math.inf, 2**64, -0.0, True, None],
+            {Word("w"): 1},
+            OrderData(1, ["a"]),
+            [OrderModel(number=1, lines=["a"])],
+            (1, "a"),
+            b"bytes",
+        ],
+    )
+    def test_of_whatever_has_a_json_form(self, data: Any) -> None:
+        assert anything.dump(data) == dump(anything.encode(data))
+
+    @pytest.mark.parametrize(
+        "data", [object(), [object()], {"a": 1j}, {(1, 2): 3}, Word("w"), {"w": Word("w")}, nested(100_000)]
+    )
+    def test_what_has_no_json_form_is_refused(self, data: Any) -> None:
+        with pytest.raises(SchemaError, match="topic `t`"):
+            anything.dump(data)
+
+    @pytest.mark.parametrize("data", [msgspec.Raw(b"{"), [msgspec.Raw(b"{")], {"a": msgspec.Raw(b"{")}])
+    def test_bytes_that_claim_to_be_json_are_not_taken_at_their_word(self, data: Any) -> None:
+        with pytest.raises(SchemaError, match="topic `t`"):
+            anything.dump(data)
+
+    def test_of_what_a_schema_encodes(self) -> None:
+        assert Topic("t", schema=OrderData).dump(OrderData(1, ["a"])) == b'{"lines":["a"],"number":1}'
+        assert Topic("t", schema=Shouted()).dump("flat") == b'"FLAT"'
+
+
 class TestStoredForm:
     @given(json)
     def test_what_is_dumped_is_loaded(self, data: Any) -> None:

@@ -22,7 +22,6 @@ from msgspec.structs import replace
 from .errors import MessageError, QueueClosedError, QueueFullError, SendError, SendUnknownError, TooLargeError
 from .message import Message, Once
 from .packets import MOST_BYTES, MOST_MEMBERS, Member, Packet, member_of, new_ids, read_member
-from .schema import dump
 
 if TYPE_CHECKING:
     from .topics import Topic
@@ -120,6 +119,8 @@ class Sender(Generic[T]):
         #: The messages that the members are, where somebody wants to hear of them.
         self._messages: list[Message[T]] = []
         self._bytes = 0
+        #: Bytes of JSON that the data of one message may have.
+        self._limit = 0
         self._since = 0.0
         self._sent_at = datetime.now(UTC)
         #: What went wrong since the last call.
@@ -156,16 +157,7 @@ class Sender(Generic[T]):
             if self._error:
                 self._refuse(data)
                 self._raise()
-            if not self._members:
-                self._sent_at = datetime.now(UTC)
-            try:
-                is_seen = self._packets is None or self._on_verdict is not None
-                if is_seen or isinstance(data, Message) or max_retries is not None:
-                    self._take_whole(data, index, max_retries, once)
-                else:
-                    self._take(data, index, once)
-            except MessageError:
-                self._refuse(data)
+            self._take(data, index, max_retries, once)
 
     def flush(self) -> None:
         """Send what waits, and return when the broker has it."""
@@ -205,31 +197,66 @@ class Sender(Generic[T]):
 
     # -- taking
 
-    def _take(self, data: T, index: str | None, once: Once | None) -> None:
-        """Take one message without making a Message of it, which nobody wants to see."""
-        topic = self._topic
-        topic.check_once(once)
-        named = topic.named(data, index)
-        plain = self._plain(data)
-        more = None if once is None else member_of(Message(None, topic.name, index="?", id="?", once=once), plain).more
-        self._add(Member(next(self._ids), named or "", msgspec.Raw(plain), more), len(plain), None)
+    def _take(
+        self,
+        data: T | Message[T],
+        index: str | None = None,
+        max_retries: int | None = None,
+        once: Once | None = None,
+    ) -> None:
+        if not self._members:
+            self._begin()
+        try:
+            if self._packets is None or isinstance(data, Message):
+                self._take_message(self._topic.message(data, index=index, max_retries=max_retries, once=once))
+            elif self._on_verdict is None and max_retries is None and once is None:
+                self._take_data(data, index)
+            else:
+                self._take_message(self._message(data, index, max_retries, once))
+        except MessageError:
+            self._refuse(data)
 
-    def _take_whole(self, data: T | Message[T], index: str | None, max_retries: int | None, once: Once | None) -> None:
-        message = self._topic.message(data, index=index, max_retries=max_retries, once=once)
+    def _begin(self) -> None:
+        """See what holds for all that goes into the next packet."""
+        self._sent_at = datetime.now(UTC)
+        if self._packets is not None:
+            self._limit = self._packets.max_payload
+
+    def _take_data(self, data: T, index: str | None) -> None:
+        """Take one message without making a Message of it, which nobody wants to see."""
+        named = self._topic.named(data, index)
+        plain = self._plain(data)
+        self._add(Member(next(self._ids), named or "", msgspec.Raw(plain)), len(plain), None)
+
+    def _take_message(self, message: Message[T]) -> None:
         if self._packets is None:
             self._push(message)
+            return
+        try:
+            plain = self._plain(message.data)
+        except MessageError:
+            self._note(message, Verdict.REFUSED)
         else:
-            try:
-                plain = self._plain(message.data)
-            except MessageError:
-                self._note(message, Verdict.REFUSED)
-            else:
-                self._add(member_of(message, plain, self._sent_at), len(plain), message)
+            self._add(member_of(message, plain, self._sent_at), len(plain), message)
 
-    def _plain(self, data: Any) -> bytes:
-        plain, limit = dump(self._topic.encode(data)), cast(PacketOutlet, self._outlet).max_payload
-        if len(plain) > limit:
-            raise TooLargeError(self._topic.name, len(plain), limit)
+    def _message(self, data: T, index: str | None, max_retries: int | None, once: Once | None) -> Message[T]:
+        """Return the message that data becomes, of the packet's time: so its member need not say its own."""
+        self._topic.check_once(once)
+        id, named = next(self._ids), self._topic.named(data, index)
+        return Message(
+            data,
+            self._topic.name,
+            index=named or id,
+            id=id,
+            max_retries=max_retries,
+            once=once,
+            sent_at=self._sent_at,
+        )
+
+    def _plain(self, data: T) -> bytes:
+        plain = self._topic.dump(data)
+        if len(plain) > self._limit:
+            raise TooLargeError(self._topic.name, len(plain), self._limit)
         return plain
 
     def _refuse(self, data: T | Message[T]) -> None:
@@ -377,7 +404,8 @@ def send_all(
     # Whatever ends the items, those that were read are sent.
     with Sender(topic, outlet, linger=None, on_verdict=on_verdict) as sender:
         for item in items:
-            sender.send(item)
-            # At once, not with the next item: that may be long in coming.
-            sender._raise()
+            sender._take(item)
+            if sender._error:
+                # At once, not with the next item: that may be long in coming.
+                sender._raise()
     return sender.report

@@ -19,7 +19,7 @@ from .message import Message, Once, check_index, index_of
 from .packets import MOST_MEMBERS
 from .registry import registry
 from .retry import RetryPolicy
-from .schema import Schema, schema_of
+from .schema import PlainSchema, Schema, dump, schema_of
 from .sending import Outlet, Sender, SendReport, Verdict, send_all
 
 __all__ = [
@@ -375,6 +375,15 @@ class Topic(Generic[T]):
             return self.schema.encode(data)
         except Exception as exc:  # a schema is the user's: whatever it raises means "does not fit"
             raise self._unfit(exc) from exc
+
+    def dump(self, data: T) -> bytes:
+        """Return the data in plain JSON values, as canonical JSON.
+
+        Raises:
+            SchemaError: it does not fit; the text says where.
+        """
+        flat = self.schema.dump_flat(data) if type(self.schema) is PlainSchema else None
+        return dump(self.encode(data)) if flat is None else flat
 
     def decode(self, plain: Any) -> T:
         """Return the data that plain JSON values stand for.
