@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -63,7 +62,7 @@ def make_item(envelope: Envelope, queue: str, correlation_id: str) -> bytes:
     payload = _wrap(envelope.body, envelope.content_type, envelope.headers, queue)
     payload["content-encoding"] = "utf-8"
     payload["properties"] |= {"correlation_id": correlation_id, "delivery_mode": 2, "priority": 0}
-    return json.dumps(payload).encode()
+    return _write(payload)
 
 
 def envelope_of(payload: Mapping[str, Any]) -> Envelope:
@@ -102,8 +101,18 @@ def due_at(headers: Mapping[str, Any]) -> float | None:
 
 def without_eta(payload: dict[str, Any]) -> bytes:
     """Return the item by which a message waits at the server: there, that clock alone says when it is due."""
-    item: str = _kombu.dumps({**payload, "headers": {**payload["headers"], "eta": None}})
-    return item.encode()
+    return _write({**payload, "headers": {**payload["headers"], "eta": None}})
+
+
+def _write(payload: Mapping[str, Any]) -> bytes:
+    """Return the item that an envelope is, as kombu writes it: but its body, which takes kombu ten times as long."""
+    with suppress(UnicodeEncodeError):  # half a surrogate pair
+        if isinstance(payload.get("body"), str):
+            body = msgspec.json.encode(payload["body"])
+            rest: str = _kombu.dumps({name: value for name, value in payload.items() if name != "body"})
+            return b'{"body": ' + body + b", " + rest[1:].encode()
+    whole: str = _kombu.dumps(payload)
+    return whole.encode()
 
 
 def _wrap(body: bytes, content_type: str | None, headers: Mapping[str, Any], queue: str) -> dict[str, Any]:
