@@ -217,6 +217,27 @@ class TestPlain:
             anything.encode(nested(100_000))
 
 
+@dataclass(frozen=True)
+class Reading:
+    value: float
+    by_number: dict[int, str]
+    extra: Any = None
+
+
+@dataclass(frozen=True)
+class Strict:
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise LookupError(self.number)
+
+
+class Tagged(msgspec.Struct, frozen=True, tag="t", rename="camel", omit_defaults=True):
+    z_last: int
+    other_one: int = 0
+
+
 class Shouted(PlainSchema):
     """A schema of somebody's own, by way of the plain one."""
 
@@ -267,9 +288,53 @@ class TestDumped:
         with pytest.raises(SchemaError, match="topic `t`"):
             anything.dump(data)
 
-    def test_of_what_a_schema_encodes(self) -> None:
-        assert Topic("t", schema=OrderData).dump(OrderData(1, ["a"])) == b'{"lines":["a"],"number":1}'
-        assert Topic("t", schema=Shouted()).dump("flat") == b'"FLAT"'
+    @pytest.mark.parametrize(
+        ("schema", "data"),
+        [
+            *((kind, kind(**PLAIN)) for kind in KINDS),
+            *((kind, PLAIN) for kind in KINDS),
+            (OrderData, {**PLAIN, "new": {"b": 1, "a": 2}}),
+            (OrderData, OrderData(2**70, ["\ud800"])),
+            (Reading, Reading(1.5, {2: "b", 10: "a"})),
+            (Reading, Reading(3, {})),
+            (Reading, Reading(math.nan, {})),
+            (Reading, Reading(1e300, {}, extra={"z": datetime(2027, 1, 1, tzinfo=UTC), "a": b"\xff"})),
+            (Reading, Reading(0.1, {}, extra=[uuid.UUID(int=5), Decimal("3.10"), OrderData(1), OrderStruct(1, [])])),
+            (Tagged, Tagged(2)),
+            (Tagged, Tagged(2, other_one=5)),
+            (dict[str, int], {"b": 1, "a": 2}),
+            (int, 5),
+            (Shouted(), "flat"),
+            (Words(), ("a", "b")),
+        ],
+    )
+    def test_of_what_a_schema_encodes(self, schema: Any, data: Any) -> None:
+        topic: Topic[Any] = Topic("t", schema=schema)
+        assert topic.dump(data) == dump(topic.encode(data))
+
+    @pytest.mark.parametrize(
+        ("schema", "data"),
+        [
+            *((kind, {"number": 7, "lines": 3}) for kind in KINDS),
+            (OrderData, OrderData("seven")),  # type: ignore[arg-type]
+            (OrderData, OrderData(1.5)),  # type: ignore[arg-type]
+            (OrderData, OrderData(True)),
+            (OrderData, None),
+            (Reading, Reading("1.5", {})),  # type: ignore[arg-type]
+            (Reading, Reading(1.5, {}, extra=object())),
+            (Reading, Reading(1.5, {}, extra=msgspec.Raw(b"{"))),
+            (Strict, {"number": -1}),
+            (dict[str, int], {"a": "1"}),
+            (Words(), 5),
+        ],
+    )
+    def test_what_no_worker_would_read_is_refused_as_ever(self, schema: Any, data: Any) -> None:
+        topic: Topic[Any] = Topic("t", schema=schema)
+        with pytest.raises(SchemaError) as encoding:
+            topic.encode(data)
+        with pytest.raises(SchemaError) as dumping:
+            topic.dump(data)
+        assert str(dumping.value) == str(encoding.value)
 
 
 class TestStoredForm:

@@ -19,7 +19,7 @@ from .message import Message, Once, check_index, index_of
 from .packets import MOST_MEMBERS
 from .registry import registry
 from .retry import RetryPolicy
-from .schema import PlainSchema, Schema, dump, schema_of
+from .schema import Schema, dump, dump_directly, schema_of
 from .sending import Outlet, Sender, SendReport, Verdict, send_all
 
 __all__ = [
@@ -382,8 +382,8 @@ class Topic(Generic[T]):
         Raises:
             SchemaError: it does not fit; the text says where.
         """
-        flat = self.schema.dump_flat(data) if type(self.schema) is PlainSchema else None
-        return dump(self.encode(data)) if flat is None else flat
+        raw = dump_directly(self.schema, data)
+        return dump(self.encode(data)) if raw is None else raw
 
     def decode(self, plain: Any) -> T:
         """Return the data that plain JSON values stand for.
