@@ -421,7 +421,7 @@ class Channel(stock.Channel):
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
             return super()._create_client(asynchronous=True)
-        # kombu makes one for each message that is sent, which costs as much as the rest of sending it.
+        # kombu makes one for each message that is sent, which costs a third of sending it.
         pool = self.pool
         if self._sync_client is None or self._sync_client.connection_pool is not pool:
             self._sync_client = super()._create_client()
