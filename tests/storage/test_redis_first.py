@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from tests.servers import RedisServer
 from watch_tasks.message import Once
+from watch_tasks.storage.memory import MemoryStorage
 from watch_tasks.storage.protocol import Claim, Granted, Refusal, Refused, Step
 from watch_tasks.storage.redis import RedisStorage
 from watch_tasks.storage.redis_client import open_client
@@ -140,6 +142,52 @@ def test_of_a_group_each_is_settled_alone(storage: RedisStorage, clock: ManualCl
     ]
     assert storage.commit_many(commits) == [True, False, True, True, True, True]
     assert storage.counters(TOPIC).handled == 5
+
+
+@pytest.mark.parametrize("other", [{"index": "order-9"}, {"index": "order-11"}, {"topic": "other"}, {"copy": 1}])
+def test_what_is_settled_under_another_name_is_settled_as_in_memory(
+    storage: RedisStorage, clock: ManualClock, other: dict[str, Any]
+) -> None:
+    claims = [ask(f"m{number}", index=f"order-{number}") for number in range(1, 4)]
+    told = []
+    with MemoryStorage(clock=clock) as memory:
+        for kept in (memory, storage):
+            commits = [settle(Step.HANDLED, *pair) for pair in zip(claims, _grant_all(kept, claims), strict=True)]
+            commits[0] = replace(commits[0], **other)
+
+            accepted = kept.commit_many(commits)
+
+            names = [(TOPIC, claim.index) for claim in claims] + [(commits[0].topic, commits[0].index or "")]
+            records = [kept.get(*name) for name in names]
+            told.append((accepted, [found and found.id for found in records], [kinds(kept, i, t) for t, i in names]))
+
+    assert told[0] == told[1]
+
+
+def test_notes_of_many_that_are_alike_come_back(storage: RedisStorage, clock: ManualClock) -> None:
+    ids = [f"0123abcd-0123-4123-8123-{number:012x}" for number in range(20)]
+    claims = [ask(id, index=f"order-{number}") for number, id in enumerate(ids, 1)]
+    notes = [
+        tuple((kind, b'{"id":"%b","copy":0,"kind":"%b"}' % (id.encode(), kind.encode())) for kind in "ab") for id in ids
+    ]
+    granted = _grant_all(storage, claims)
+    clock.advance(1)
+    commits = [
+        replace(settle(Step.HANDLED, *pair), digest=f"{number:032x}", notes=notes[number])
+        for number, pair in enumerate(zip(claims, granted, strict=True))
+    ]
+
+    assert all(storage.commit_many(commits))
+
+    for number, claim in enumerate(claims):
+        found = storage.get(TOPIC, claim.index)
+        assert found
+        assert (found.id, found.digest) == (ids[number], commits[number].digest)
+        assert [event[2] for event in storage._story(TOPIC, claim.index)] == [
+            claim.note,
+            claim.note,
+            *(note for _, note in notes[number]),
+        ]
 
 
 def test_topics_retentions_and_workers_may_differ_in_one_request(storage: RedisStorage, clock: ManualClock) -> None:

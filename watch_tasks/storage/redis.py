@@ -100,6 +100,7 @@ class RedisStorage(Storage):
         self._idle: deque[Any] = deque()
         self._pid = os.getpid()
         self._prefix = prefix.encode()
+        self._states = f"{prefix}s:"
         self._clock = clock
         self._name = name
         self._closed = False
@@ -119,14 +120,13 @@ class RedisStorage(Storage):
     def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
         answers: list[Granted | Refused] = []
         for part in cut(claims, lambda claim: len(claim.note)):
-            request, blobs = pack_claims(part)
-            answers += granted(part, self._run("claim", request, *blobs))
+            answers += granted(part, self._run("claim", pack_claims(part)))
         return answers
 
     def _commit(self, commits: Sequence[Commit]) -> list[bool]:
         answers: list[bool] = []
         for part in cut(commits, lambda commit: len(commit.blob)):
-            request, blobs, places = pack_commits(part)
+            request, blobs, places = pack_commits(part, self._states)
             answers += accepted(len(part), places, self._run("commit", request, *blobs))
         return answers
 

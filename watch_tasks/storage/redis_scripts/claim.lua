@@ -106,9 +106,9 @@ local function claim_one(claim)
 end
 
 local function claim_of(run, number)
-  local id, copies, nonces, digests, note = run.ids[number], run.copies, run.nonces, run.digests, run.notes
+  local id, copies, nonces, digests, notes = run.ids[number], run.copies, run.nonces, run.digests, run.notes
   local copy = type(copies) == 'table' and copies[number] or copies
-  if run.ends then note = string.sub(note, run.ends[number - 1] + 1, run.ends[number]) end
+  local note = type(notes) == 'table' and notes[number] or notes
   return {
     topic = run.topic, index = run.indexes[number], id = id, copy = copy, once = run.once, worker = run.worker,
     lease = run.lease, expires = NOW + (run.retention or NEVER), sent_at = run.sent[number],
@@ -133,8 +133,10 @@ for number = rest, #runs do
     local last = first - 1
     while run.is_plain and run.ids[last + 1] and is_fresh(run, last + 1) do last = last + 1 end
     if last >= first then
-      grant_fresh(run, first, last, next_token(), 'MSET')
-      last_token = last_token + last - first
+      local token = next_token()
+      grant_fresh(run, first, last, token, 'MSET')
+      last_token = token + last - first
+      for granted = token, last_token do answers[#answers + 1] = granted end
     else
       last, answers[#answers + 1] = first, claim_one(claim_of(run, first))
     end

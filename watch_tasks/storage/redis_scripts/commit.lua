@@ -121,7 +121,7 @@ end
 
 -- Of a run: what stands in a record, in parts.
 local function commit_of(run, number)
-  local chunk, id, copies = string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]), run.ids[number], run.copies
+  local chunk, id, copies = run.chunks[number], string.sub(run.keys[number], #PREFIX + 3), run.copies
   local digest = behind_text(chunk, 1)
   local behind, copy = behind_text(chunk, digest), type(copies) == 'table' and copies[number] or copies
   local events, size, place = struct.unpack('>I2c0I2', chunk, behind)
@@ -136,8 +136,7 @@ end
 local answers, written = {}, 0
 for _, run in ipairs(runs) do
   local before, left = #answers, {}
-  for place = 1, #run.ids do
-    local number = run.sorted and run.sorted[place] or place
+  for number = 1, #run.keys do
     if run.settled[number] then
       answers[before + number] = 1
     else
@@ -146,7 +145,7 @@ for _, run in ipairs(runs) do
     end
   end
   write_orders(left)
-  written = written + #run.ids
+  written = written + #run.keys
   if run.over then get_order(run.topic, digits(run.retention)) end
 end
 

@@ -2,23 +2,12 @@
 -- anything else is even defined. Their records take over the events of their states. A state in the short form says all
 -- that: its index had neither record nor story when it was granted, and who writes either unfolds it.
 --
--- A run is of handled messages of one topic and retention, no id and no index twice in the request. Of each comes what a
--- folded record has from its id to its blob (`records.lua`).
+-- A run is of handled messages of one topic and retention, in the order of their indexes, no id and no index twice in the
+-- request. Of each comes what a folded record has from its id to its blob (`records.lua`). As for claims, few strings are
+-- made: a state is compared where it is, without cutting it. A record is joined with `..`, which copies whole strings;
+-- `struct.pack` goes byte by byte.
 
 local runs, is_rest = {}, #REQUEST[2] > 0
-
-local function read_run(values)
-  local run = {
-    topic = values[1], retention = values[2], ids = values[3], indexes = values[4], tokens = values[5], copies = values[6],
-    sorted = values[7], ends = {[0] = 0}, settled = {}, chunks = take(),
-  }
-  local total = 0
-  for number, size in ipairs(values[8]) do
-    total = total + size
-    run.ends[number] = total
-  end
-  return run
-end
 
 -- Add places of now behind all others of an order.
 local function append(fences, leaves, tail, indexes)
@@ -40,11 +29,12 @@ end
 
 -- Settle those of a run that it can.
 local function settle_first(run)
-  local topic, retention, ids, indexes, tokens, copies = run.topic, run.retention, run.ids, run.indexes, run.tokens, run.copies
-  local keys, fields, gone, added, prefix, is_first = {}, {}, {}, {}, PREFIX .. 's:', false
-  for number, id in ipairs(ids) do keys[number] = prefix .. id end
+  local topic, retention, keys, indexes, tokens = run.topic, run.retention, run.keys, run.indexes, run.tokens
+  local copies, chunks, settled, size, is_first = run.copies, run.chunks, run.settled, #run.keys, false
+  local pack, unpack_from, find, byte = struct.pack, struct.unpack, string.find, string.byte
+  local fields, gone, added = {}, {}, {}
   local states = redis.call('MGET', unpack(keys))
-  for _, state in ipairs(states) do is_first = is_first or state and string.sub(state, 1, 1) == TAG end
+  for number = 1, size do is_first = is_first or states[number] and byte(states[number]) == 1 end
   if not is_first then return end
   local order = ':' .. (retention and digits(retention) or 'never')
   local fences, leaves = of_topic('i', topic) .. order, of_topic('z', topic) .. order .. ':'
@@ -57,38 +47,45 @@ local function settle_first(run)
   elseif retention then
     flags, span = FOLDED + NEAR, struct.pack('>d', retention)
   end
-  local ending, lead, stories = head_end(topic, retention), struct.pack('>Bd', flags, NOW), of_topic('t', topic) .. ':'
-  local copy, copied = copies, type(copies) == 'table'
-  for place = 1, #ids do
-    local number = run.sorted and run.sorted[place] or place
-    local state, index, since = states[number], indexes[number], NOW - tokens[number]
-    if state and string.byte(state) == 1 and since >= 0 and since < 4294967296 then
+  local ending, lead, stories = head_end(topic, retention), pack('>Bd', flags, NOW), of_topic('t', topic) .. ':'
+  local copy, copied, count_added, count_gone = copies, type(copies) == 'table', 0, 0
+  for number = 1, size do
+    local state, index, token = states[number], indexes[number], tokens[number]
+    local since = NOW - token
+    if state and byte(state) == 1 and since >= 0 and since < 4294967296 then
       if copied then copy = copies[number] end
-      local head, events = struct.unpack('>I2I2', state, 10)
-      local expected = struct.pack('>dI4I2c0c0', tokens[number], copy, #index, index, ending)
-      if #expected == events - head and string.find(state, expected, head, true) == head then
-        local count = #added
-        added[count + 1], fields[2 * count + 1] = index, index
-        fields[2 * count + 2] = struct.pack('>c0I4c0c0c0', lead, since, span,
-          string.sub(run.chunks, run.ends[number - 1] + 1, run.ends[number]), string.sub(state, events))
-        gone[#gone + 1], gone[#gone + 2] = keys[number], stories .. index
+      local head, events = unpack_from('>I2I2', state, 10)
+      local its_token, its_copy, length = unpack_from('>dI4I2', state, head)
+      local its_index, its_ending = head + 14, events - #ending
+      if its_token == token and its_copy == copy and length == #index and its_index + length == its_ending
+        and find(state, index, its_index, true) == its_index and find(state, ending, its_ending, true) == its_ending then
+        count_added = count_added + 1
+        added[count_added], fields[2 * count_added - 1] = index, index
+        fields[2 * count_added] = lead .. pack('>I4', since) .. span .. chunks[number] .. string.sub(state, events)
+        gone[count_gone + 1], gone[count_gone + 2], count_gone = keys[number], stories .. index, count_gone + 2
         -- Who took the index over would have unfolded it.
-        if string.byte(state, 14) >= EXCLUSIVE then gone[#gone + 1] = of_topic('h', topic) .. ':' .. index end
-        run.settled[number] = true
+        if byte(state, 14) >= EXCLUSIVE then
+          count_gone = count_gone + 1
+          gone[count_gone] = of_topic('h', topic) .. ':' .. index
+        end
+        settled[number] = true
       end
     end
   end
-  if #added == 0 then return end
+  if count_added == 0 then return end
   redis.call('HSET', of_topic('r', topic), unpack(fields))
   append(fences, leaves, tail, added)
   redis.call('DEL', unpack(gone))
-  count(topic, 'handled', #added)
+  count(topic, 'handled', count_added)
   if retention then run.over = time_of(redis.call('ZRANGE', fences, 0, 0)[1]) + retention <= NOW end
-  return #added == #ids
+  return count_added == size
 end
 
 for number, values in ipairs(REQUEST[1]) do
-  local run = read_run(values)
+  local run = {
+    topic = values[1], retention = values[2], keys = values[3], indexes = values[4], tokens = values[5], copies = values[6],
+    chunks = values[7], settled = {},
+  }
   runs[number] = run
   is_rest = not settle_first(run) or run.over or is_rest
 end
