@@ -36,6 +36,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -72,6 +73,10 @@ _MOST_TENDED: Final = 64
 _TENDING, _TEND_PAUSE = 0.4, 1.0
 #: Topics that one script of `tend` looks at.
 _MOST_TOPICS: Final = 32
+
+
+_note: Final[Callable[[Any], bytes]] = attrgetter("note")
+_blob: Final[Callable[[Any], bytes]] = attrgetter("blob")
 
 
 class RedisStorage(Storage):
@@ -119,13 +124,13 @@ class RedisStorage(Storage):
 
     def _claim(self, claims: Sequence[Claim]) -> list[Granted | Refused]:
         answers: list[Granted | Refused] = []
-        for part in cut(claims, lambda claim: len(claim.note)):
+        for part in cut(claims, _note):
             answers += granted(part, self._run("claim", pack_claims(part)))
         return answers
 
     def _commit(self, commits: Sequence[Commit]) -> list[bool]:
         answers: list[bool] = []
-        for part in cut(commits, lambda commit: len(commit.blob)):
+        for part in cut(commits, _blob):
             request, blobs, places = pack_commits(part, self._states)
             answers += accepted(len(part), places, self._run("commit", request, *blobs))
         return answers
@@ -157,7 +162,7 @@ class RedisStorage(Storage):
 
     def _put(self, puts: Sequence[Put]) -> list[bool]:
         kept: list[bool] = []
-        for part in cut(puts, lambda put: len(put.blob)):
+        for part in cut(puts, _blob):
             request, blobs = [], []
             for put in part:
                 id, digest, at = id_bytes(put.id), digest_bytes(put.digest), micros(put.at)

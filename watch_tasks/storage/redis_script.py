@@ -66,9 +66,9 @@ def pack(command: Sequence[bytes | str | int]) -> bytes:
     return b"".join(parts)
 
 
-def cut(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> Iterator[Sequence[Any]]:
+def cut(items: Sequence[Any], blob: Callable[[Any], bytes] = lambda item: b"") -> Iterator[Sequence[Any]]:
     """Cut what is too much for one script; usually it is one part."""
-    if len(items) <= _MOST_ITEMS and sum(map(size, items)) <= _MOST_BYTES:
+    if len(items) <= _MOST_ITEMS and sum(map(len, map(blob, items))) <= _MOST_BYTES:
         yield items
         return
     part: list[Any] = []
@@ -78,5 +78,5 @@ def cut(items: Sequence[Any], size: Callable[[Any], int] = lambda item: 0) -> It
             yield part
             part, total = [], 0
         part.append(item)
-        total += size(item)
+        total += len(blob(item))
     yield part
