@@ -1,4 +1,4 @@
-"""Many messages in one solo worker's hand: claimed together, recorded together, and what faults may make of that."""
+"""Many messages in one worker's hand: claimed together, recorded together, and what faults may make of that."""
 
 from __future__ import annotations
 
@@ -57,8 +57,14 @@ def send(site: Site, *data: object) -> list[str]:
     return [site.send("job", value) for value in data]
 
 
-def solo(site: Site) -> Worker:
-    return site.worker(pool="solo", concurrency=1)
+@pytest.fixture(params=["solo", "threads"])
+def pool(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def work(site: Site, pool: str, *, at_once: int = 1) -> Worker:
+    """Start a worker whose handlers run in its own process."""
+    return site.worker(pool=pool, concurrency=at_once)
 
 
 def in_hand(server: RedisServer) -> int:
@@ -71,26 +77,26 @@ def waiting(server: RedisServer) -> int:
         return int(client.llen("celery"))  # type: ignore[arg-type]
 
 
-def test_all_that_came_together_are_handled_in_their_order(make_site: MakeSite) -> None:
+def test_all_that_came_together_are_handled_in_their_order(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     ids = send(site, *range(50))
 
-    solo(site)
+    work(site, pool)
 
     site.until_handled(50)
     assert [line["id"] for line in site.lines() if line["handler"] == "begin"] == ids
     assert all(kinds(site, id) == {"sent": 1, "attempt": 1, "handler": 1, "handled": 1} for id in ids)
 
 
-def test_a_killer_is_found_out_and_no_crash_counts_against_its_neighbours(make_site: MakeSite) -> None:
+def test_a_killer_is_found_out_and_no_crash_counts_against_its_neighbours(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     before = send(site, *range(15))
     (killer,) = send(site, "kill")
     after = send(site, *range(15, 30))
 
     for _ in range(2):
-        solo(site).process.wait(60)
-    solo(site)
+        work(site, pool).process.wait(60)
+    work(site, pool)
 
     site.until_dead(1, 60)
     site.until_handled(30, 60)
@@ -103,24 +109,26 @@ def test_a_killer_is_found_out_and_no_crash_counts_against_its_neighbours(make_s
     assert all(kinds(site, id)["handled"] == 1 for id in [*before, *after])
 
 
-def test_a_lone_killer_is_counted_from_its_first_run_on(make_site: MakeSite) -> None:
+def test_a_lone_killer_is_counted_from_its_first_run_on(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     send(site, "kill")
 
-    solo(site).process.wait(60)
-    solo(site)
+    work(site, pool).process.wait(60)
+    work(site, pool)
 
     site.until_dead(1, 60)
     assert site.calls() == {"begin": 1}
 
 
-def test_one_that_was_taken_over_is_not_acked_and_the_others_are(make_site: MakeSite, valkey: RedisServer) -> None:
+def test_one_that_was_taken_over_is_not_acked_and_the_others_are(
+    make_site: MakeSite, valkey: RedisServer, pool: str
+) -> None:
     site = make_site(FENCED, MANY, **SHORT)
     others = send(site, *range(5))
     (stolen,) = send(site, "stolen")
     others += send(site, *range(5, 10))
 
-    solo(site)
+    work(site, pool)
 
     site.until_handled(11)
     until(lambda: in_hand(valkey) == 0, "all are acked")
@@ -129,11 +137,11 @@ def test_one_that_was_taken_over_is_not_acked_and_the_others_are(make_site: Make
 
 
 def test_nothing_is_acked_while_the_storage_is_away(
-    make_site: MakeSite, own_valkey: RedisServer, valkey: RedisServer
+    make_site: MakeSite, own_valkey: RedisServer, valkey: RedisServer, pool: str
 ) -> None:
     site = make_site(JOB, MANY, **SHORT, WATCH_STORAGE_BACKEND=own_valkey.url)
     ids = send(site, "gate", *range(5))
-    solo(site)
+    work(site, pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     own_valkey.stop()
@@ -149,10 +157,12 @@ def test_nothing_is_acked_while_the_storage_is_away(
     assert site.calls("id") == dict.fromkeys(ids, 2), "each began and ended once"
 
 
-def test_a_stop_records_what_is_handled_and_gives_back_the_rest(make_site: MakeSite, valkey: RedisServer) -> None:
+def test_a_stop_records_what_is_handled_and_gives_back_the_rest(
+    make_site: MakeSite, valkey: RedisServer, pool: str
+) -> None:
     site = make_site(JOB, MANY, **{**SHORT, "WATCH_LEASE": "30"})
     ids = send(site, 0, 1, "gate", *range(2, 9))
-    worker = solo(site)
+    worker = work(site, pool)
     until(lambda: site.calls()["begin"] == 3, "the third one's handler runs")
 
     worker.process.terminate()
@@ -167,11 +177,11 @@ def test_a_stop_records_what_is_handled_and_gives_back_the_rest(make_site: MakeS
 
 
 def test_a_stop_while_the_storage_is_away_sends_along_what_was_handled(
-    make_site: MakeSite, own_valkey: RedisServer
+    make_site: MakeSite, own_valkey: RedisServer, pool: str
 ) -> None:
     site = make_site(JOB, MANY, **SHORT, WATCH_STORAGE_BACKEND=own_valkey.url)
     ids = send(site, "gate", *range(5))
-    worker = solo(site)
+    worker = work(site, pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     own_valkey.stop()
@@ -179,16 +189,16 @@ def test_a_stop_while_the_storage_is_away_sends_along_what_was_handled(
     until(lambda: "the storage is away" in worker.text(), "an outcome cannot be stored")
     assert worker.stop(40) == 0, worker.text()
     own_valkey.start()
-    solo(site)
+    work(site, pool)
 
     site.until_handled(6, 60)
     assert site.calls("id") == dict.fromkeys(ids, 2), "each began and ended once"
 
 
-def test_what_is_handled_does_not_wait_for_a_handler_that_takes_long(make_site: MakeSite) -> None:
+def test_what_is_handled_does_not_wait_for_a_handler_that_takes_long(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     send(site, 0, 1, 2, "gate", 3)
-    solo(site)
+    work(site, pool)
 
     site.until_handled(3)
     assert site.calls() == {"begin": 4, "end": 3}
@@ -196,10 +206,10 @@ def test_what_is_handled_does_not_wait_for_a_handler_that_takes_long(make_site: 
     site.until_handled(5)
 
 
-def test_leases_of_those_that_wait_are_renewed(make_site: MakeSite) -> None:
+def test_leases_of_those_that_wait_are_renewed(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     ids = send(site, "gate", *range(5))
-    solo(site)
+    work(site, pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     signal.sigtimedwait([], 5)  # more than two leases
@@ -214,19 +224,19 @@ def test_leases_of_those_that_wait_are_renewed(make_site: MakeSite) -> None:
     assert site.calls("id") == dict.fromkeys(ids, 2), "each began and ended once"
 
 
-def test_the_same_index_twice_is_settled_after_the_first(make_site: MakeSite) -> None:
+def test_the_same_index_twice_is_settled_after_the_first(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB.replace('topic("job")', 'topic("job", once="index")'), MANY, **SHORT)
     for number in (1, 2, 3, 3, 3):
         site.send("job", number, index=f"i{number}")
 
-    solo(site)
+    work(site, pool)
 
     until(lambda: site.storage.counters("job").duplicates == 2, "two are duplicates", report=site.report)
     assert site.handled() == 3
     assert site.calls() == {"begin": 3, "end": 3}
 
 
-def test_a_failure_among_them_is_tried_again(make_site: MakeSite) -> None:
+def test_a_failure_among_them_is_tried_again(make_site: MakeSite, pool: str) -> None:
     site = make_site(
         """
 job = topic("job", retry=RetryPolicy(max_retries=2, backoff=0.01))
@@ -242,19 +252,19 @@ def work(message):
     )
     send(site, *range(1, 31))
 
-    solo(site)
+    work(site, pool)
 
     site.until_handled(20)
     site.until_dead(10)
     assert site.calls() == {"begin": 20 + 30}
 
 
-def test_one_that_expires_while_it_waits_is_dead(make_site: MakeSite) -> None:
+def test_one_that_expires_while_it_waits_is_dead(make_site: MakeSite, pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     send(site, "gate")
     late = site.send("job", 1, expires=2)
     send(site, 2)
-    solo(site)
+    work(site, pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     signal.sigtimedwait([], 2)

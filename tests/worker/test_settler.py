@@ -100,3 +100,25 @@ def test_after_its_close_it_begins_anew() -> None:
         settler.close()
         settler.close()
         assert [ticket for ticket, _ in settler.take()] == [number]
+
+
+def test_who_is_to_keep_up_waits_for_the_oldest() -> None:
+    storage = Storage()
+    settler: Settler[int] = Settler(storage.settle, storage.tell, moment=0.0)
+    settler.put(1, handled(1))
+    assert storage.is_in.wait(10)
+    settler.keep_up(10)  # it is younger than that
+    kept_up = threading.Event()
+
+    def wait() -> None:
+        settler.keep_up(0)
+        kept_up.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not kept_up.wait(0.1)
+    storage.go.set()
+
+    waiting.join(10)
+    assert kept_up.is_set()
+    settler.close()

@@ -34,6 +34,7 @@ from .hand import HAND, IDS, Hand
 from .request import TopicRequest
 from .runtime import runtime_of
 from .settings import transport_leases
+from .threads import ThreadsGathering
 
 __all__ = ["WatchConsumer"]
 
@@ -87,8 +88,8 @@ class WatchConsumer(Consumer):
         self._process: Callable[[Any], object] = self.__dict__["on_task_request"]
         self.on_task_request = self._begin
         self._gathering: Gathering | None = None
-        if isinstance(pool, SoloPool) and self.hub is not None:
-            self._gathering = Gathering(self.runtime, pool)
+        if self._is_here and self.hub is not None:
+            self._gathering = (Gathering if isinstance(pool, SoloPool) else ThreadsGathering)(self.runtime, pool)
 
     @property
     def max_prefetch_count(self) -> int:
@@ -109,6 +110,8 @@ class WatchConsumer(Consumer):
         super().stop()
 
     def shutdown(self) -> None:
+        if self._gathering:
+            self._gathering.close()  # before the connection, which takes the last acks along
         super().shutdown()
         self.runtime.keeper.stop()
 
@@ -141,10 +144,13 @@ class WatchConsumer(Consumer):
     def _begin(self, request: Any) -> None:
         """Have a task run that is due."""
         hand = request.hand if isinstance(request, TopicRequest) else None
+        if hand and self._gathering and self._tells_again and not request.task.topic.batch:
+            self._gathering.add(request, hand)
+            return
+        if self._gathering:
+            self._gathering.make_way()
         if hand is None:
             self._process(request)
-        elif self._gathering and self._tells_again and not request.task.topic.batch:
-            self._gathering.add(request, hand)
         else:
             request.start(self.pool, request.on_success)
 

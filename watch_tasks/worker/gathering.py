@@ -1,8 +1,8 @@
-"""Deliveries of topics in the solo pool: claimed together, run one by one, recorded together.
+"""Deliveries of topics where handlers run in the worker's process: claimed together, run one by one, recorded together.
 
-A handler runs in the main process there, between two turns of the event loop, so several deliveries lie in hand when
-its turn comes. What may be claimed ahead of its handler, and what it costs when the worker is killed meanwhile, is in
-docs/protocol.md §5.
+In the solo pool a handler runs between two turns of the event loop, so several deliveries lie in hand when its turn
+comes; for threads see `threads.py`. What may be claimed ahead of its handler, and what it costs when the worker is
+killed meanwhile, is in docs/protocol.md §5.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
-from celery.concurrency.solo import TaskPool as SoloPool
+from celery.concurrency.base import BasePool
 
 from ..errors import StorageError
 from ..outcome import Outcome
@@ -25,14 +25,14 @@ from .request import TopicRequest
 from .runtime import Runtime
 from .settler import Settler
 
-__all__ = ["Gathering"]
+__all__ = ["BEHIND", "Gathering"]
 
 logger = logging.getLogger(__name__)
 
 #: Seconds for which messages are handled before the event loop runs again.
 _SLICE: Final = 0.01
 #: Seconds for which a handled message may wait to be recorded; then nothing is handled until it is.
-_BEHIND: Final = 1.0
+BEHIND: Final = 1.0
 
 
 _Deliveries = list[tuple[TopicRequest, Hand]]
@@ -46,6 +46,16 @@ class _Claiming(NamedTuple):
     ahead: _Deliveries
     answer: Future[list[Work | Outcome | None]]
 
+    def take(self) -> None:
+        """Wait for the answer, and put into each hand what it says."""
+        try:
+            begun = self.answer.result()
+        except Exception:
+            logger.exception("could not claim %d messages together, claiming them one by one", len(self.ahead))
+            return
+        for (_, hand), found in zip(self.ahead, begun, strict=True):
+            hand.begun = found
+
 
 class Gathering:
     """Takes deliveries as they come, and handles them in that order. Nothing is acked before its commit is answered.
@@ -55,7 +65,10 @@ class Gathering:
         pool: runs a task at once, here.
     """
 
-    def __init__(self, runtime: Runtime, pool: SoloPool) -> None:
+    #: Whether the event loop has other things to do than to wait for a claim.
+    _is_free: ClassVar[bool] = False
+
+    def __init__(self, runtime: Runtime, pool: BasePool) -> None:
         self._runtime, self._pool = runtime, pool
         self._pipeline = runtime.pipeline(runtime.worker, can_die=False)
         self._waker = Waker(self._turn)
@@ -65,7 +78,10 @@ class Gathering:
         self._ready: deque[tuple[TopicRequest, Hand]] = deque()
         self._aside = ThreadPoolExecutor(1, "watch-claims")
         #: What a request was answered by the tracer, kept until its message is recorded.
-        self._settler: Settler[tuple[TopicRequest, Any]] = Settler(self._pipeline.settle, self._waker.wake)
+        self._settler = self._make_settler()
+
+    def _make_settler(self) -> Settler[tuple[TopicRequest, Any]]:
+        return Settler(self._pipeline.settle, self._waker.wake)
 
     def add(self, request: TopicRequest, hand: Hand) -> None:
         """Take a delivery."""
@@ -86,7 +102,7 @@ class Gathering:
             self._claim()
         end = time.monotonic() + _SLICE
         while self._ready:
-            if self._settler.age() > _BEHIND:
+            if self._settler.age() > BEHIND:
                 self._settler.drain()
             self._run(*self._ready.popleft())
             if time.monotonic() > end:
@@ -104,6 +120,15 @@ class Gathering:
         left = [*self._ready, *self._arrived]
         self._ready.clear()
         self._arrived.clear()
+        self._give_back(left)
+
+    def make_way(self) -> None:
+        """Let something else have the pool: here it has it anyway, between two turns."""
+
+    def close(self) -> None:
+        """Finish what the pool has handled since it was let go of."""
+
+    def _give_back(self, left: _Deliveries) -> None:
         claimed = [request.id for request, hand in left if isinstance(hand.begun, Work)]
         try:
             self._runtime.storage.release(self._runtime.worker, claimed)
@@ -125,7 +150,7 @@ class Gathering:
             request.hold()
         answer = self._aside.submit(self._pipeline.begin_ahead, [hand.message for _, hand in ahead])
         self._claiming = _Claiming(arrived, ahead, answer)
-        if self._ready:
+        if self._ready or self._is_free:
             answer.add_done_callback(lambda _: self._waker.wake())
         else:
             self._take_claimed()
@@ -135,14 +160,8 @@ class Gathering:
         claiming, self._claiming = self._claiming, None
         if claiming is None:
             return
+        claiming.take()
         self._ready += claiming.arrived
-        try:
-            begun = claiming.answer.result()
-        except Exception:
-            logger.exception("could not claim %d messages together, claiming them one by one", len(claiming.ahead))
-            return
-        for (_, hand), found in zip(claiming.ahead, begun, strict=True):
-            hand.begun = found
 
     # -- one by one
 

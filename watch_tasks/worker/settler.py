@@ -27,10 +27,17 @@ class Settler(Generic[T]):
     Args:
         settle: stores a group; see `Pipeline.settle`.
         tell: called, in the thread, whenever there are answers to take.
+        moment: seconds that one waits for others at most.
     """
 
-    def __init__(self, settle: Callable[[Sequence[Settlement]], list[Outcome]], tell: Callable[[], object]) -> None:
-        self._settle, self._tell = settle, tell
+    def __init__(
+        self,
+        settle: Callable[[Sequence[Settlement]], list[Outcome]],
+        tell: Callable[[], object],
+        *,
+        moment: float = _MOMENT,
+    ) -> None:
+        self._settle, self._tell, self._moment = settle, tell, moment
         self._changed = threading.Condition()
         self._open: list[tuple[T, Settlement, float]] = []
         self._under_way: list[tuple[T, Settlement, float]] = []
@@ -69,6 +76,12 @@ class Settler(Generic[T]):
             waiting = self._under_way or self._open
             return time.monotonic() - waiting[0][2] if waiting else 0.0
 
+    def keep_up(self, seconds: float) -> None:
+        """Wait while the oldest has been waiting for longer than that."""
+        with self._changed:
+            while self.age() > seconds:
+                self._changed.wait()
+
     def drain(self) -> None:
         """Wait until everything is answered."""
         self.urge()
@@ -93,7 +106,7 @@ class Settler(Generic[T]):
                     self._changed.wait()
                 if not self._open:
                     return
-                end = self._open[0][2] + _MOMENT
+                end = self._open[0][2] + self._moment
                 while not (self._is_urged or self._is_closed) and (left := end - time.monotonic()) > 0:
                     self._changed.wait(left)
                 part = self._under_way = self._open
