@@ -111,7 +111,7 @@ def count_of(line: Line, results: Results, rate: float | None, scale: float) -> 
     scenario = line.scenario
     if scenario.kind is Kind.LATENCY and results.latency_rate:
         return max(100, int(results.latency_rate * results.seconds * LONGER[scenario.kind]))
-    least = max(100, int(line.contender.least * scale))
+    least = max(100, int(line.least * scale))
     first = max(least, int(scenario.first * scale))
     if rate is None:
         return first
