@@ -125,8 +125,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         pools="hundred",
         work="io",
         with_bulk=True,
-        # Two packets of 250 for each thread.
-        least_in_bulk=50_000,
+        # Two full packets for each thread.
+        least_in_bulk=100_000,
     ),
     Scenario(
         name="cpu",
