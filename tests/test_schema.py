@@ -46,6 +46,11 @@ class OrderModel(pydantic.BaseModel):
     lines: list[str]
 
 
+class Held(msgspec.Struct):
+    raw: msgspec.Raw
+    next: Held | None = None
+
+
 class Words:
     """A schema of somebody's own: words on the wire, a tuple in the handler."""
 
@@ -131,6 +136,11 @@ class TestRefusals:
     def test_what_is_no_schema_is_refused_when_the_topic_is_defined(self, schema: Any) -> None:
         with pytest.raises(TypeError, match="`schema` must be a dataclass"):
             schema_of(schema)
+
+    @pytest.mark.parametrize("schema", [msgspec.Raw, list[msgspec.Raw], Held, dict[str, Held | None]])
+    def test_of_bytes_that_claim_to_be_json_is_refused(self, schema: Any) -> None:
+        with pytest.raises(TypeError, match=r"`msgspec\.Raw` has no plain form"):
+            Topic("t", schema=schema)
 
     def test_the_part_that_cannot_be_described_is_named(self) -> None:
         @dataclass

@@ -118,12 +118,30 @@ def schema_of(schema: type[T] | Schema[T] | None) -> Schema[T]:
         return schema
     try:
         msgspec.json.schema(schema)
+        if _holds_raw(msgspec.inspect.type_info(schema)):
+            raise TypeError("`msgspec.Raw` has no plain form; `Any` has")
     except TypeError as exc:
         raise TypeError(
             f"`schema` must be a dataclass, TypedDict, attrs class, msgspec Struct, pydantic model, "
             f"or an object with `encode` and `decode`, got {schema!r}: {exc}"
         ) from exc
     return _TypeSchema(schema)
+
+
+def _holds_raw(info: msgspec.inspect.Type) -> bool:
+    """Whether JSON as it is may stand somewhere in a type: it would be written unseen, and no worker could read it."""
+    seen: set[int] = set()
+    left: list[Any] = [info]
+    while left:
+        one = left.pop()
+        if isinstance(one, msgspec.inspect.RawType):
+            return True
+        if isinstance(one, (list, tuple)):
+            left += one
+        elif isinstance(one, (msgspec.inspect.Type, msgspec.inspect.Field)) and id(one) not in seen:
+            seen.add(id(one))
+            left += [getattr(one, name) for name in one.__struct_fields__]
+    return False
 
 
 def dump_directly(schema: Schema[T], data: T) -> bytes | None:
