@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
@@ -35,9 +36,8 @@ SMALL = ("--scale", "0.01", "--wait", "1")
 class Run:
     """A scorecard in a folder of its own, as from a shell whose settings are somebody else's."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.temporary = folder / "t"
-        self.temporary.mkdir()
+    def __init__(self, folder: Path, temporary: Path, *options: str) -> None:
+        self.temporary = temporary
         (folder / "celeryconfig.py").write_text("raise RuntimeError('not for a scorecard')")
         strange = {"CELERY_BROKER_URL": "redis://127.0.0.1:1/0", "WATCH_LEASE": "bad", "WATCH_DIR": str(folder / "w")}
         self.process = subprocess.Popen(
@@ -84,9 +84,16 @@ class Run:
         return found
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder of a short name: pytest's own leave too little of the 107 bytes that the path of a socket may have."""
+    with TemporaryDirectory(prefix="watch-test-") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.worker
-def test_a_small_run_prints_its_figures_draws_and_leaves_nothing(tmp_path: Path) -> None:
-    run = Run(tmp_path, *SMALL, "--only", "bulk", "--json", "--plot", "kill.svg")
+def test_a_small_run_prints_its_figures_draws_and_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
+    run = Run(tmp_path, temporary, *SMALL, "--only", "bulk", "--json", "--plot", "kill.svg")
 
     code, output = run.end()
 
@@ -109,8 +116,8 @@ def test_a_small_run_prints_its_figures_draws_and_leaves_nothing(tmp_path: Path)
 @pytest.mark.parametrize(
     ("number", "only", "code"), [(signal.SIGINT, "celery", 130), (signal.SIGKILL, "watch_tasks", -signal.SIGKILL)]
 )
-def test_nothing_outlives_it(number: int, only: str, code: int, tmp_path: Path) -> None:
-    run = Run(tmp_path, "--only", only)
+def test_nothing_outlives_it(number: int, only: str, code: int, tmp_path: Path, temporary: Path) -> None:
+    run = Run(tmp_path, temporary, "--only", only)
     run.until_it_says("a heap of messages")
     until(lambda: any("sender" in line for line in logs(run.temporary)), "a sender runs")
 
