@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 
 from watch_tasks.registry import registry
 
 from .postgres import PostgresHome, PostgresServer, find_postgres
+from .rabbit import RabbitServer, find_rabbit
 from .servers import RedisServer, find_redis, in_ci
 
 pytest_plugins = ["watch_tasks.testing.plugin"]
@@ -97,6 +99,16 @@ def postgres(_postgres: PostgresServer) -> Iterator[str]:
     name = f"test{next(_databases)}"
     yield _postgres.create_database(name)
     _postgres.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A running RabbitMQ, with what other tests left in it. Do not stop it: it takes long to start, and is shared."""
+    server = RabbitServer(tmp_path_factory.mktemp("rabbit"), find_rabbit())
+    try:
+        yield server.start()
+    finally:
+        server.stop(SIGKILL)
 
 
 @pytest.fixture

@@ -34,15 +34,6 @@ from ..servers import free_port
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
-    server = RabbitServer(tmp_path_factory.mktemp("rabbit"), find_rabbit())
-    try:
-        yield server.start()
-    finally:
-        server.stop(signal.SIGKILL)
-
-
 @pytest.fixture
 def reopen(rabbit: RabbitServer) -> Callable[[], Queue]:
     name = uuid4().hex

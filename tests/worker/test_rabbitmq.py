@@ -18,7 +18,7 @@ import pytest
 from watch_tasks import Reason, presets
 from watch_tasks.queue.amqp import DEAD_LETTERS
 
-from ..rabbit import RabbitServer, find_rabbit
+from ..rabbit import RabbitServer
 from ..servers import RedisServer
 from ..workers import Site, until
 
@@ -64,15 +64,6 @@ class RabbitSite(Site):
     def __init__(self, folder: Path, url: str, storage: str) -> None:
         super().__init__(folder, url, TOPICS, CONFIG, WATCH_STORAGE_BACKEND=storage, WATCH_UNKNOWN_GRACE="4")
         self.bare.conf.update(presets.rabbitmq("slow"))
-
-
-@pytest.fixture(scope="module")
-def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
-    server = RabbitServer(tmp_path_factory.mktemp("rabbit"), find_rabbit())
-    try:
-        yield server.start()
-    finally:
-        server.stop(signal.SIGKILL)
 
 
 @pytest.fixture
