@@ -8,6 +8,9 @@ EXAMPLES := watch_tasks.examples.github_events watch_tasks.examples.feed
 # Says that the environment is complete; older than what it was made from, it is made anew.
 READY := $(VENV)/ready
 
+# Where it is set, each of the many processes that tests start compiles the package anew: a quarter of their start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help up test lint format chaos bench docker constraints clean
 
@@ -20,8 +23,10 @@ up: $(READY) ## start broker, worker and Flower, and feed them invented events; 
 	trap 'trap "" INT TERM HUP; kill $$feed $$up 2>/dev/null; wait; exit 130' INT TERM HUP; \
 	wait $$up; code=$$?; kill $$feed 2>/dev/null; wait; exit $$code
 
+# Four processes pay on two cores: about half of what tests of workers take is waiting. Each process starts servers of
+# its own; whole files go to one, so that what a file shares is made once, in the order that tests/conftest.py gives.
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## check style, formatting and types
 	$(BIN)/ruff check

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from signal import SIGKILL
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,20 @@ from .rabbit import RabbitServer, find_rabbit
 from .servers import RedisServer, find_redis, in_ci
 
 pytest_plugins = ["watch_tasks.testing.plugin"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with those that start workers: last and side by side, the longest file would run alone."""
+    items.sort(key=lambda item: item.get_closest_marker("worker") is None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many schedules the model of storage ran: here, as of several processes only the first writes."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    for report in reports:
+        histories = dict(report.user_properties).get("histories") if report.when == "call" else None
+        if histories is not None:
+            terminalreporter.write_line(f"{report.nodeid}: {histories} histories in {report.duration:.1f} s")
 
 
 @pytest.fixture(autouse=True)
