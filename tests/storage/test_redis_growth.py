@@ -207,6 +207,7 @@ _CHANGES = st.one_of(
 @pytest.mark.parametrize("leaf", [2, 4])
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(_CHANGES, max_size=25))
+@example(changes=[("put", [("order-0", 0, None), ("order-1", 1, None), ("order-1", 0, None)])])
 @example(
     changes=[("put", [("order-1", 0, 60)]), ("put", [("order-0", 0, 60), ("order-1", 0, None), ("order-0", 0, None)])]
 )

@@ -16,9 +16,16 @@ local function put_one(topic, index, id, at, retention, is_only_newer, id_size, 
   return 1
 end
 
-local kept, puts, sorted = {}, REQUEST[1], REQUEST[2]
-for number, values in ipairs(puts) do kept[number] = put_one(unpack(values, 1, 8)) end
-for number, place in ipairs(sorted) do sorted[number] = puts[place] end
+local kept, last, puts, sorted = {}, {}, REQUEST[1], {}
+for number, values in ipairs(puts) do
+  kept[number] = put_one(unpack(values, 1, 8))
+  if kept[number] == 1 then last[of_topic('r', values[1]) .. ':' .. values[2]] = number end
+end
+for _, place in ipairs(REQUEST[2]) do
+  local values = puts[place]
+  -- An index that is put twice has its place by the last time only.
+  if last[of_topic('r', values[1]) .. ':' .. values[2]] == place then sorted[#sorted + 1] = values end
+end
 write_orders(sorted)
 trim_orders(2 * #puts)
 return finish(kept)
