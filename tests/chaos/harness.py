@@ -291,13 +291,14 @@ class Slot:
             self._start()
             return
         worker = self._worker
+        is_running = worker.is_running()  # before its last words are read
         text = worker.text()
         reached = text.count("watch_tasks: crash point ")
         if reached > self._points:
             tally.kills[self._fate] += reached - self._points
             self._points = reached
             self._due = min(self._due, time.monotonic() + self._plan.chance.uniform(0.0, 0.5))
-        if not worker.is_running():
+        if not is_running:
             if not self._is_killed and not reached:
                 tally.complaints.append(
                     f"{worker.log.name} ended by itself ({worker.process.returncode}): {text[-2000:]}"

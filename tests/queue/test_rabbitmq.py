@@ -23,6 +23,7 @@ from watch_tasks import (
     open_queue,
 )
 from watch_tasks import topic as define
+from watch_tasks.packets import MOST_MEMBERS
 from watch_tasks.queue import Queue, Unreadable
 from watch_tasks.queue.amqp import AmqpQueue, quorum_arguments
 from watch_tasks.testing.queue import QueueSuite
@@ -85,16 +86,17 @@ def test_packets_that_a_celery_app_sends_are_read(rabbit: RabbitServer) -> None:
     ):
         app.conf.watch_storage_backend = "memory://"
         topic.bind(outlet_of(app))
-        assert topic.send_many(range(300)).sent == 300
+        count = MOST_MEMBERS + 50
+        assert topic.send_many(range(count)).sent == count
         assert queue.len() == 2
         got = []
-        for _ in range(300):
+        for _ in range(count):
             delivery = queue.next(timeout=10)
             assert delivery
             assert isinstance(delivery.message, Message)
             got.append(delivery.message.data)
             delivery.ack()
-        assert got == list(range(300))
+        assert got == list(range(count))
         assert queue.next(timeout=0.05) is None
     kombu.pools.reset()
 

@@ -166,6 +166,7 @@ def test_a_stop_records_what_is_handled_and_gives_back_the_rest(
     until(lambda: site.calls()["begin"] == 3, "the third one's handler runs")
 
     worker.process.terminate()
+    until(lambda: "Warm shutdown" in worker.text(), "it stops")
     site.touch("open")
     worker.process.wait(30)
 

@@ -14,7 +14,8 @@ from watch_tasks.errors import StorageError
 from watch_tasks.message import Message
 from watch_tasks.outcome import Handled, Outcome
 from watch_tasks.storage.protocol import Commit, Step
-from watch_tasks.work import Settlement, Work
+from watch_tasks.topics import Topic
+from watch_tasks.work import Progress, Settlement, Work
 from watch_tasks.worker.hand import Hand
 from watch_tasks.worker.threads import ThreadsGathering
 
@@ -30,12 +31,13 @@ class Pipeline:
     """Claims nothing ahead that takes a while, and stores when it is let."""
 
     def __init__(self) -> None:
+        self.topic: Topic[Any] = Topic("t")
         self.company = Company()
         self.go = threading.Event()
         self.error: StorageError | None = None
 
     def begin_ahead(self, messages: Sequence[Message[Any]]) -> list[Work]:
-        return [Work.__new__(Work) for _ in messages]
+        return [Work(self.topic, message, None, b"null", "", "w", Progress()) for message in messages]
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         assert self.go.wait(10)
@@ -82,7 +84,7 @@ def pipeline() -> Pipeline:
 
 @pytest.fixture
 def gathering(pipeline: Pipeline) -> ThreadsGathering:
-    runtime: Any = SimpleNamespace(worker="w", pipeline=lambda worker, can_die: pipeline)
+    runtime: Any = SimpleNamespace(worker="w", pipeline=lambda worker, can_die: pipeline, is_stopping=lambda: False)
     pool: Any = Pool()
     return ThreadsGathering(runtime, pool)
 

@@ -103,10 +103,12 @@ class ThreadsGathering(Gathering):
 
     def _next(self) -> tuple[TopicRequest, Hand] | None:
         self._settler.keep_up(BEHIND)
+        # What waits at a stop is given back by `let_go`, in a moment.
+        is_left = self._runtime.is_stopping()
         with self._lock:
-            if self._ready and not self._asked:
+            if self._ready and not self._asked and not is_left:
                 return self._ready.popleft()
-            if self._ready:
+            if self._ready and not is_left:
                 self._asked -= 1
                 self._pool.apply_async(self._work, callback=_nothing)
             else:
