@@ -40,7 +40,7 @@ format: $(READY) ## put the code into its form
 chaos: $(READY) ## run the long tests: workers and servers are killed under load
 	$(BIN)/python -m pytest -m chaos --timeout 1800
 
-bench: $(READY) ## measure beside other libraries, on servers of its own, and write docs/benchmarks.md: 40 minutes
+bench: $(READY) ## measure beside other libraries, on servers of its own, and write docs/benchmarks.md: an hour
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
