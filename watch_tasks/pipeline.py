@@ -214,14 +214,12 @@ class Pipeline:
         found = list(map(self._read, messages, plains or itertools.repeat(None)))
         asked = [work for work in found if isinstance(work, Work) and work.once != "none"]
         try:
-            answers = iter(self._claim(asked, started=started))
+            answers = self._claim(asked, started=started)
         except StorageUnavailableError:
             # Asked to stop: nothing is handled without a claim, so the same copies go back.
             return [Busy(0.0) if isinstance(work, Work) else work for work in found]
-        return [
-            self._answer(work, next(answers)) if isinstance(work, Work) and work.once != "none" else work
-            for work in found
-        ]
+        answered = iter([self._answer(work, answer) for work, answer in zip(asked, answers, strict=True)])
+        return [next(answered) if isinstance(work, Work) and work.once != "none" else work for work in found]
 
     def begin_ahead(self, messages: Sequence[Message[Any]]) -> list[Work | Outcome | None]:
         """Decode and claim messages whose handlers do not start at once: a crash meanwhile counts against nobody.

@@ -96,6 +96,7 @@ class Runner:
         delivery = _Delivery(work)
         step = self._run_in_transaction if work.topic.transactional else self._run_plain
         for number, handler in enumerate(delivery.left):
+            delivery.begun = time.monotonic()  # and again when it is called: a transaction may have to begin before
             try:
                 ended = step(delivery, handler, number + 1 == len(delivery.left))
             except Exception as exc:  # noqa: BLE001 - whatever a handler raises is decided on here

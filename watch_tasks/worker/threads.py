@@ -104,11 +104,11 @@ class ThreadsGathering(Gathering):
     def _next(self) -> tuple[TopicRequest, Hand] | None:
         self._settler.keep_up(BEHIND)
         # What waits at a stop is given back by `let_go`, in a moment.
-        is_left = self._runtime.is_stopping()
+        is_stopping = self._runtime.is_stopping()
         with self._lock:
-            if self._ready and not self._asked and not is_left:
+            if self._ready and not self._asked and not is_stopping:
                 return self._ready.popleft()
-            if self._ready and not is_left:
+            if self._ready and not is_stopping:
                 self._asked -= 1
                 self._pool.apply_async(self._work, callback=_nothing)
             else:
