@@ -54,7 +54,7 @@ class TestWithoutEta:
 class TestMakeItem:
     def test_what_is_made_can_be_opened(self) -> None:
         sent = Envelope({"id": "m", "task": "watch.t"}, '[["☃"], {}, {}]'.encode())
-        made = open_item(make_item(sent, "q", "m"), "q")
+        made = open_item(make_item(sent, "q", correlation_id="m"), "q")
         assert envelope_of(made) == sent
         assert made["properties"]["correlation_id"] == "m"
         assert made["properties"]["delivery_info"] == {"exchange": "", "routing_key": "q"}

@@ -18,7 +18,17 @@ from kombu.utils import json as _kombu_json
 
 from .envelope import Envelope
 
-__all__ = ["NO_ENVELOPE", "TYPED", "decode_body", "due_at", "envelope_of", "make_item", "open_item", "without_eta"]
+__all__ = [
+    "NO_ENVELOPE",
+    "TYPED",
+    "decode_body",
+    "due_at",
+    "envelope_of",
+    "item_of",
+    "make_item",
+    "open_item",
+    "without_eta",
+]
 
 #: The content type of what was no envelope: nothing decodes it.
 NO_ENVELOPE: Final = "not an envelope"
@@ -57,12 +67,21 @@ def open_item(raw: bytes, queue: str) -> dict[str, Any]:
     return _wrap(bare if bare.endswith(b"}") else raw, NO_ENVELOPE, {}, queue)
 
 
-def make_item(envelope: Envelope, queue: str, correlation_id: str) -> bytes:
-    """Return the item by which an envelope is sent to a queue, as kombu would write it."""
+def make_item(envelope: Envelope, queue: str, **properties: Any) -> bytes:
+    """Return the item by which an envelope is sent to a queue.
+
+    Args:
+        envelope: what is sent; its headers are plain values.
+        queue: the name of the queue.
+        properties: what else kombu keeps of a message, such as `correlation_id`.
+    """
     payload = _wrap(envelope.body, envelope.content_type, envelope.headers, queue)
     payload["content-encoding"] = "utf-8"
-    payload["properties"] |= {"correlation_id": correlation_id, "delivery_mode": 2, "priority": 0}
-    return _write(payload)
+    payload["properties"] |= {"delivery_mode": 2, "priority": 0, **properties}
+    try:
+        return msgspec.json.encode(payload)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return item_of(payload)
 
 
 def envelope_of(payload: Mapping[str, Any]) -> Envelope:
@@ -101,10 +120,10 @@ def due_at(headers: Mapping[str, Any]) -> float | None:
 
 def without_eta(payload: dict[str, Any]) -> bytes:
     """Return the item by which a message waits at the server: there, that clock alone says when it is due."""
-    return _write({**payload, "headers": {**payload["headers"], "eta": None}})
+    return item_of({**payload, "headers": {**payload["headers"], "eta": None}})
 
 
-def _write(payload: Mapping[str, Any]) -> bytes:
+def item_of(payload: Mapping[str, Any]) -> bytes:
     """Return the item that an envelope is, as kombu writes it: but its body, which takes kombu ten times as long."""
     with suppress(UnicodeEncodeError):  # half a surrogate pair
         if isinstance(payload.get("body"), str):

@@ -114,14 +114,14 @@ class RedisQueue(Queue):
 
     def push(self, message: Message[Any], *, delay: float = 0.0, bounded: bool = True) -> None:
         envelope = pack(message, limit=self.max_payload if bounded else None)
-        item = make_item(envelope, self.name, message.id)
+        item = make_item(envelope, self.name, correlation_id=message.id)
         if delay > 0:
             self._publish(lambda: self._client.eval(*later_words(self._later, self._list, item, delay)), message)
         else:
             self._publish(lambda: self._client.lpush(self._list, item), message)
 
     def push_packet(self, packet: Packet, *, delay: float = 0.0) -> None:
-        item = make_item(pack_packet(packet), self.name, packet.id)
+        item = make_item(pack_packet(packet), self.name, correlation_id=packet.id)
         words = later_words(self._later, self._list, item, delay) if delay > 0 else push_words(self._list, item)
         self._publish(lambda: self._client.eval(*words), packet)
 

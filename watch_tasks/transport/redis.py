@@ -19,14 +19,13 @@ from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from ..queue import bulk
 from ..queue.counting import clear_waiting, count_waiting
-from ..queue.flight import EVERY, LEASE, Flight, Item, besides_key, later_key, later_words, push_words
+from ..queue.flight import EVERY, LEASE, Flight, Item, besides_key, later_key
 from ..queue.item import due_at, open_item, without_eta
 from .bounded import bound_decoders
 from .codec import ForgivingBase64
-from .one_write import in_one_write
 from .poller import Poller
+from .sending import SendingChannel
 from .waker import Waker
 
 __all__ = ["Channel", "QoS", "SentinelChannel", "SentinelTransport", "Transport"]
@@ -103,7 +102,7 @@ class QoS(stock.QoS):
             logger.warning("could not look for what kombu's own transport left: %s", exc)
 
 
-class Channel(stock.Channel):
+class Channel(SendingChannel):
     """kombu's channel, whose messages are never anywhere but in a list, in hand, or due later."""
 
     QoS = QoS
@@ -122,9 +121,6 @@ class Channel(stock.Channel):
     from_transport_options = (*stock.Channel.from_transport_options, "lease", "renew_every")
 
     _flight: Flight | None = None
-    #: Clients of the pool, kept for as long as it is the same: kombu's own, and one that adds no prefix.
-    _sync_client: Any = None
-    _plain_client: redis.Redis | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound_decoders(_INFLATED, firmly=False)
@@ -357,27 +353,6 @@ class Channel(stock.Channel):
             payload["properties"]["delivery_info"]["redelivered"] = True
         return payload
 
-    # -- sending
-
-    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
-        due = due_at(message["headers"] or {})
-        delay = 0.0 if due is None else due - time.time()
-        is_packet = bulk.is_bulk((message["headers"] or {}).get("task"))
-        if delay <= 0 and not is_packet:
-            super()._put(queue, message, **kwargs)
-            return
-        key = self.global_keyprefix + self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
-        if delay <= 0:
-            words = push_words(key, without_eta(message))
-        else:
-            # How long is told, not until when: the server's clock decides.
-            words = later_words(later_key(queue, self.global_keyprefix), key, without_eta(message), delay)
-        batch = kwargs.get("_publish_batch")
-        if batch is not None:
-            batch.add("eval", *words)
-            return
-        self._plain().eval(*words)
-
     # -- the queue as a whole
 
     def count_waiting(self, queue: str) -> int:
@@ -398,8 +373,6 @@ class Channel(stock.Channel):
         self._in_poll = None
         super().close()
 
-    # -- connections
-
     def wake(self, seconds: float = 0.0) -> None:
         """Have the event loop look again, soon or after some seconds."""
         transport = self.connection
@@ -410,30 +383,6 @@ class Channel(stock.Channel):
         """Return the keys of these queues' lists, the most urgent first."""
         prefix = self.global_keyprefix
         return [prefix + self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
-
-    def _plain(self) -> redis.Redis:
-        """Return a client that adds no prefix: the keys here have it."""
-        pool = self.pool
-        if self._plain_client is None or self._plain_client.connection_pool is not pool:
-            self._plain_client = redis.Redis(connection_pool=pool)
-        return self._plain_client
-
-    def _create_client(self, asynchronous: bool = False) -> Any:
-        if asynchronous:
-            return super()._create_client(asynchronous=True)
-        # kombu makes one for each message that is sent, which costs a third of sending it.
-        pool = self.pool
-        if self._sync_client is None or self._sync_client.connection_pool is not pool:
-            self._sync_client = super()._create_client()
-        return self._sync_client
-
-    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
-        params: dict[str, Any] = super()._connparams(asynchronous=asynchronous)
-        if not asynchronous:
-            params["connection_class"] = in_one_write(params["connection_class"])
-        # Only the newer protocol has pushes; nothing else needs it, and it costs a greeting at each connection.
-        params["protocol"] = 3 if asynchronous else 2
-        return params
 
 
 class SentinelChannel(Channel, stock.SentinelChannel):

@@ -21,6 +21,7 @@ from ..queue.redis import send_error
 from ..registry import registry
 from ..schema import dump
 from .hand import HAND
+from .shortcut import Shortcut
 from .waiting import wait_for_room
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class CeleryOutlet:
     def __init__(self, app: Celery, settings: Callable[[], Settings]) -> None:
         self._app = app
         self._settings = settings
+        self._shortcut = Shortcut(app)
 
     @property
     def max_payload(self) -> int:
@@ -58,7 +60,8 @@ class CeleryOutlet:
         options: dict[str, Any] = {"queue": topic.queue} if topic and topic.queue else {}
         if topic:
             wait_for_room(self._app, topic, message, self._settings().send_wait)
-        self._send(message, delay, {}, options)
+        if delay > 0 or not self._shortcut.send(message, options):
+            self._send(message, delay, {}, options)
 
     def push_copy(self, message: Message[Any], delay: float, request: Any) -> None:
         """Send a further copy of what a worker has in hand, with the options and headers it came with.
