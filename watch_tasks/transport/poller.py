@@ -19,6 +19,21 @@ class Poller(MultiChannelPoller):
     #: Has the event loop run once more, soon or after some seconds; None without one.
     wake: Callable[[float], object] | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        #: Sockets, by their numbers, that nobody has asked for since they came.
+        self._new: set[int] = set()
+
+    def is_new(self, fileno: int) -> bool:
+        """Whether this number is that of another socket since the last time it was asked for."""
+        is_new = fileno in self._new
+        self._new.discard(fileno)
+        return is_new
+
+    def _register(self, channel: Any, client: Any, type: str) -> None:
+        super()._register(channel, client, type)
+        self._new.add(client.connection._sock.fileno())
+
     def on_poll_start(self) -> bool:
         """Have every channel do what it can do now; return whether messages were delivered."""
         is_any = False

@@ -8,6 +8,8 @@ server sends it a push when one of them changes. Nothing blocks, and nothing is 
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -50,6 +52,8 @@ _DELIVERING: Final = 0.01
 _EARLY: Final = 1.0
 #: Seconds between two looks for what workers with kombu's own transport left.
 _LEGACY: Final = 60.0
+#: Seconds that what is settled may wait for a fetch to tell it along with.
+_TELL: Final = 0.01
 #: Bytes that a body may be inflated to, unless somebody says otherwise.
 _INFLATED: Final = 16 * 1024 * 1024
 
@@ -71,14 +75,14 @@ class QoS(stock.QoS):
 
     def ack(self, delivery_tag: int) -> None:
         self.channel.flight.ack(delivery_tag)
-        self.channel.wake()
+        self.channel.wake_for_settled()
 
     def reject(self, delivery_tag: int, requeue: bool = False) -> None:
         if requeue:
             self.channel.flight.back([delivery_tag], to_tail=True)
         else:
             self.channel.flight.ack(delivery_tag)
-        self.channel.wake()
+        self.channel.wake_for_settled()
 
     def restore_unacked(self, client: Any = None) -> None:
         self.channel.flight.back_all()
@@ -134,6 +138,10 @@ class Channel(SendingChannel):
         self._is_due = True
         #: When to ask again, whatever is told.
         self._ask_at = 0.0
+        #: When to tell what is settled, should nothing be asked for until then.
+        self._tell_at = math.inf
+        #: The thread that looks.
+        self._looker = 0
         #: The socket whose server tells it of changes.
         self._told_by: Any = None
         self._is_told = True
@@ -207,6 +215,7 @@ class Channel(SendingChannel):
 
     def look(self) -> bool:
         """Deliver what has arrived, and ask for more where there may be some; return whether there was any."""
+        self._looker = threading.get_ident()
         is_any = self._deliver_all()
         if self._is_awaited:
             if time.monotonic() > self._asked_at + (self.socket_timeout or _ANSWER):
@@ -214,18 +223,27 @@ class Channel(SendingChannel):
                 self.client.connection.disconnect()
                 raise redis.TimeoutError(f"no answer within {self.socket_timeout or _ANSWER:.3g} s")
             return is_any
-        room = self.room
-        flight = self._flight
-        if (room > 0 and (self._is_due or time.monotonic() >= self._ask_at)) or (flight and flight.has_settled):
+        room, now = self.room, time.monotonic()
+        if room > 0 and (self._is_due or now >= self._ask_at):
             self._ask(room)
+        elif self._flight and self._flight.has_settled:
+            if self._tell_at is math.inf:
+                self._tell_at = now + _TELL
+                self.wake(_TELL)
+            elif now >= self._tell_at:
+                self._ask(room)
         return is_any
 
     def patience(self) -> float:
         """Return the seconds after which `look` may find something that no socket tells of."""
         if self._arrived:
             return 0.0
-        wait = self._asked_at + (self.socket_timeout or _ANSWER) if self._is_awaited else self._ask_at
-        return min(max(wait - time.monotonic(), 0.001), _ASK) if self.room > 0 or self._is_awaited else _ASK
+        wait = self._tell_at
+        if self._is_awaited:
+            wait = self._asked_at + (self.socket_timeout or _ANSWER)
+        elif self.room > 0:
+            wait = min(wait, self._ask_at)
+        return min(max(wait - time.monotonic(), 0.001), _ASK)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         self.look()
@@ -243,7 +261,7 @@ class Channel(SendingChannel):
             self._asked = {key: queue for queue in queues for key in self._keys([queue])}
             command = self.flight.ask(room, lists, laters)
             self._is_awaited, self._asked_room, self._asked_at = True, room, time.monotonic()
-            self._is_due = False
+            self._is_due, self._tell_at = False, math.inf
             self._in_poll = connection
             connection.send_command(*command)
         except BaseException:
@@ -373,6 +391,12 @@ class Channel(SendingChannel):
         self._in_poll = None
         super().close()
 
+    def wake_for_settled(self) -> None:
+        """Have the event loop look where there is room now, or what is settled waits to be told."""
+        # In the loop's own thread, that much is seen by its next look; only what waits for room must not wait for that.
+        if self._is_due or threading.get_ident() != self._looker:
+            self.wake()
+
     def wake(self, seconds: float = 0.0) -> None:
         """Have the event loop look again, soon or after some seconds."""
         transport = self.connection
@@ -391,6 +415,23 @@ class SentinelChannel(Channel, stock.SentinelChannel):
     from_transport_options = (*stock.SentinelChannel.from_transport_options, "lease", "renew_every")
 
 
+class _Loop:
+    """An event loop, as kombu's transport uses it: which adds all of its sockets before each wait.
+
+    That asks the system twice for what it knows already, and with every message several times.
+    """
+
+    def __init__(self, loop: Any, cycle: Poller) -> None:
+        self._loop, self._cycle = loop, cycle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def add_reader(self, fileno: int, callback: Any, *args: Any) -> None:
+        if self._cycle.is_new(fileno) or fileno not in self._loop.readers:
+            self._loop.add_reader(fileno, callback, *args)
+
+
 class Transport(stock.Transport):
     """kombu's transport for Redis, with our channels."""
 
@@ -404,7 +445,7 @@ class Transport(stock.Transport):
         waker = Waker(_nothing)
         waker.register(loop)
         self.cycle.wake = lambda seconds: loop.call_later(seconds, _nothing) if seconds else waker.wake()
-        super().register_with_event_loop(connection, loop)
+        super().register_with_event_loop(connection, _Loop(loop, self.cycle))
 
 
 class SentinelTransport(Transport):

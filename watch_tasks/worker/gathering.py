@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from celery.concurrency.base import BasePool
 
@@ -34,7 +35,8 @@ _SLICE: Final = 0.01
 #: Seconds for which a handled message may wait to be recorded; then nothing is handled until it is.
 BEHIND: Final = 1.0
 
-
+Q = TypeVar("Q")
+A = TypeVar("A")
 _Deliveries = list[tuple[TopicRequest, Hand]]
 
 
@@ -148,11 +150,13 @@ class Gathering:
         ahead = [(request, hand) for request, hand in arrived if request.is_new]
         for request, _ in ahead:
             request.hold()
-        answer = self._aside.submit(self._pipeline.begin_ahead, [hand.message for _, hand in ahead])
-        self._claiming = _Claiming(arrived, ahead, answer)
+        messages = [hand.message for _, hand in ahead]
         if self._ready or self._is_free:
+            answer = self._aside.submit(self._pipeline.begin_ahead, messages)
             answer.add_done_callback(lambda _: self._waker.wake())
-        else:
+            self._claiming = _Claiming(arrived, ahead, answer)
+        else:  # a thread would only be waited for
+            self._claiming = _Claiming(arrived, ahead, _called(self._pipeline.begin_ahead, messages))
             self._take_claimed()
 
     def _take_claimed(self) -> None:
@@ -189,3 +193,13 @@ class Gathering:
         """Tell Celery what became of messages, now that it is stored: only this acks."""
         for (request, answer), outcome in self._settler.take():
             request.settled(outcome, answer)
+
+
+def _called(call: Callable[[Q], A], question: Q) -> Future[A]:
+    """Return the answer to a call that is made here."""
+    answer: Future[A] = Future()
+    try:
+        answer.set_result(call(question))
+    except Exception as exc:  # noqa: BLE001 - told to whoever asks for the answer
+        answer.set_exception(exc)
+    return answer
