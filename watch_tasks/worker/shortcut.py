@@ -8,15 +8,17 @@ route, or by wrapping the functions that are left out here.
 from __future__ import annotations
 
 from functools import cached_property
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Final
 
+import celery.app.amqp
 import celery.app.base
 import kombu.messaging
 import kombu.serialization
 import redis
 from amqp.exceptions import AMQPError
 from celery import Celery, signals
+from celery.app.routes import MapRoute
 from kombu.common import maybe_declare
 from kombu.entity import Queue
 from kombu.messaging import Producer
@@ -74,7 +76,7 @@ class Shortcut:
             with self._app.pool.acquire(block=True, timeout=self._patience) as connection:
                 # How often to try is for Celery to know.
                 channel = connection.default_channel if connection.connected else None
-                if not isinstance(channel, SendingChannel) or channel.expires(queue.name):
+                if not isinstance(channel, SendingChannel):
                     return False
                 if queue.name not in self._declared:
                     maybe_declare(queue, channel)
@@ -91,21 +93,25 @@ class Shortcut:
         """Whether nobody has a say in the messages of a task, beside its routes."""
         if signals.before_task_publish.receivers or signals.after_task_publish.receivers or signals.task_sent.receivers:
             return False
-        if not (_is_of(celery.app.base, type(self._app).send_task) and _is_of(kombu.messaging, Producer.publish)):
+        app = self._app
+        if not (
+            _is_of(celery.app.base, app.send_task)
+            and _is_of(celery.app.amqp, app.amqp.send_task_message)
+            and _is_of(kombu.messaging, Producer.publish)
+        ):
             return False
-        task = self._app.tasks.get(name)
+        task = app.tasks.get(name)
         options = task._get_exec_options() if task else {}
         if any(value is not None and _USUAL.get(key) != value for key, value in options.items()):
             return False
-        return self._is_usual and not self._app.conf.task_send_sent_event
+        return self._is_usual and not app.conf.task_send_sent_event
 
     @cached_property
     def _is_usual(self) -> bool:
         """Whether the app's messages are of the usual kind. Celery asks for most of this only once as well."""
         conf = self._app.conf
         is_kept = conf.task_default_delivery_mode in (_PERSISTENT, "persistent")
-        is_ranked = conf.task_inherit_parent_priority or conf.task_default_priority is not None
-        is_other = is_ranked or conf.task_compression or conf.task_always_eager
+        is_other = conf.task_inherit_parent_priority or conf.task_compression or conf.task_always_eager
         return bool(conf.task_protocol == _PROTOCOL and is_kept and not is_other)
 
     @cached_property
@@ -117,14 +123,15 @@ class Shortcut:
     def _queue(self, message: Message[Any], name: str, options: dict[str, Any]) -> Queue | None:
         """Return the queue that a message goes to, if all that its route says is which."""
         router = self._app.amqp.router
+        if not all(type(route) is MapRoute for route in router.routes):
+            return None  # a function may count how often it is asked, and `app.send_task` would ask it again
         chosen = options.get("queue")
         # Without routes it does not depend on the message.
         queue = None if router.routes else self._queues.get(chosen)
         if queue is None:
             found = router.route({**options}, name, *wire.arguments(message), self._app.tasks.get(name))
             queue = found.pop("queue", None)
-            is_plain = not found and isinstance(queue, Queue) and queue.exchange.type == "direct"
-            if not is_plain or queue.exchange.delivery_mode not in (None, _PERSISTENT):
+            if found or not isinstance(queue, Queue) or not _is_plain(queue):
                 return None
             if not router.routes:
                 self._queues[chosen] = queue
@@ -135,6 +142,7 @@ class Shortcut:
         app = self._app
         args, keywords = wire.arguments(message)
         parent = app.current_worker_task
+        reprs = wire.reprs(message)
         made = app.amqp.create_task_message(
             message.id,
             name,
@@ -145,12 +153,24 @@ class Shortcut:
             root_id=parent and (parent.request.root_id or parent.request.id),
             parent_id=parent and parent.request.id,
             ignore_result=True,
-            **wire.reprs(message),
+            **reprs,
         )
         _, _, body = _serialization.dumps(made.body, serializer="json")
-        return make_item(Envelope({**made.headers, **wire.headers(message)}, body.encode()), queue, **made.properties)
+        envelope = Envelope({**made.headers, **wire.headers(message)}, body.encode())
+        # Celery's sender puts what it has no other use for into the properties as well.
+        return make_item(envelope, queue, **made.properties, **reprs)
+
+
+def _is_plain(queue: Any) -> bool:
+    """Whether what is sent to a queue goes into its list, as any message would, and nothing else is to be done."""
+    is_kept = queue.expires is None and "x-expires" not in (queue.queue_arguments or {})
+    return is_kept and queue.exchange.type == "direct" and queue.exchange.delivery_mode in (None, _PERSISTENT)
 
 
 def _is_of(module: Any, function: Any) -> bool:
-    """Whether a function is what its module made it, and nobody's wrapper."""
-    return isinstance(function, FunctionType) and function.__code__.co_filename == module.__file__
+    """Whether a function or a method is what its module made it, and nobody's wrapper.
+
+    Asked for its class, a wrapper may name that of what it wraps; its type it cannot hide.
+    """
+    inner = function.__func__ if type(function) is MethodType else function
+    return type(inner) is FunctionType and inner.__code__.co_filename == module.__file__
