@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 from collections.abc import Iterator
@@ -58,3 +59,17 @@ def test_the_answer_of_a_push_that_was_interrupted_is_taken_for_no_others(
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
         channel.push_item("spoilt", b"refused")
     timer.join()
+
+
+def test_who_watches_the_client_sees_every_push(channel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    execute = redis.Redis.execute_command
+
+    @functools.wraps(execute)
+    def watched(client: redis.Redis, *words: Any, **options: Any) -> Any:
+        seen.append(words)
+        return execute(client, *words, **options)
+
+    monkeypatch.setattr(redis.Redis, "execute_command", watched)
+    channel.push_item("q", b"seen")
+    assert seen == [("LPUSH", "q", b"seen")]

@@ -12,6 +12,7 @@ from ..queue import bulk
 from ..queue.flight import later_key, later_words, push_words
 from ..queue.item import due_at, item_of, without_eta
 from .one_write import in_one_write
+from .unwrapped import is_unwrapped
 
 __all__ = ["SendingChannel"]
 
@@ -60,8 +61,11 @@ class SendingChannel(_stock.Channel):
         """Append an item to a list.
 
         By a connection rather than a client, which takes longer to look at a command than the server to do it, and
-        tries again by itself what kombu tries again as well.
+        tries again by itself what kombu tries again as well. Unless somebody watches the client.
         """
+        if not is_unwrapped(redis.client, redis.Redis.execute_command):
+            self._plain().lpush(key, item)
+            return
         pool = self.pool
         connection = pool.get_connection()
         try:

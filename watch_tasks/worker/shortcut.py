@@ -8,7 +8,6 @@ route, or by wrapping the functions that are left out here.
 from __future__ import annotations
 
 from functools import cached_property
-from types import FunctionType, MethodType
 from typing import Any, Final
 
 import celery.app.amqp
@@ -30,6 +29,7 @@ from ..queue.broker import TROUBLE, send_error
 from ..queue.envelope import Envelope
 from ..queue.item import make_item
 from ..transport.sending import SendingChannel
+from ..transport.unwrapped import is_unwrapped
 
 __all__ = ["Shortcut"]
 
@@ -95,9 +95,9 @@ class Shortcut:
             return False
         app = self._app
         if not (
-            _is_of(celery.app.base, app.send_task)
-            and _is_of(celery.app.amqp, app.amqp.send_task_message)
-            and _is_of(kombu.messaging, Producer.publish)
+            is_unwrapped(celery.app.base, app.send_task)
+            and is_unwrapped(celery.app.amqp, app.amqp.send_task_message)
+            and is_unwrapped(kombu.messaging, Producer.publish)
         ):
             return False
         task = app.tasks.get(name)
@@ -165,12 +165,3 @@ def _is_plain(queue: Any) -> bool:
     """Whether what is sent to a queue goes into its list, as any message would, and nothing else is to be done."""
     is_kept = queue.expires is None and "x-expires" not in (queue.queue_arguments or {})
     return is_kept and queue.exchange.type == "direct" and queue.exchange.delivery_mode in (None, _PERSISTENT)
-
-
-def _is_of(module: Any, function: Any) -> bool:
-    """Whether a function or a method is what its module made it, and nobody's wrapper.
-
-    Asked for its class, a wrapper may name that of what it wraps; its type it cannot hide.
-    """
-    inner = function.__func__ if type(function) is MethodType else function
-    return type(inner) is FunctionType and inner.__code__.co_filename == module.__file__
