@@ -13,25 +13,21 @@ from weakref import ref
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, current_app
-from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.exceptions import Reject, TaskRevokedError
-from kombu.serialization import loads, prepare_accept_content
 
 from ..errors import MessageError
 from ..message import Message
 from ..outcome import Handled, Outcome
 from ..queue import wire
 from ..work import error_text
+from .grouped import Told, body_of, tracer_of
 from .request import LOST, TopicRequest, error_of
 from .runtime import Runtime, runtime_of
 from .task import decided, worker_of
 
-__all__ = ["Batch", "run_batch"]
+__all__ = ["Batch", "run_batch", "told"]
 
 logger = logging.getLogger(__name__)
-
-#: What a process of the pool is told of a request: id, headers, body, content type and encoding.
-_Told = tuple[str, dict[str, Any], Any, str | None, str | None]
 
 
 class Batch:
@@ -62,11 +58,14 @@ class Batch:
         if not self.requests:
             self._over(self)
             raise TaskRevokedError("all messages of a batch")
+        self._hand_over(pool, run_batch, self.name, [told(request) for request in self.requests])
+
+    def _hand_over(self, pool: Any, run: Callable[..., list[Any]], *args: Any) -> None:
         for request in self.requests:
             request.batch = self
         result = pool.apply_async(
-            run_batch,
-            args=(self.name, [_told(request) for request in self.requests]),
+            run,
+            args=args,
             accept_callback=self._on_accepted,
             callback=self._on_answered,
             error_callback=self._on_lost,
@@ -84,8 +83,11 @@ class Batch:
             self._on_lost(answers)
             return
         for request, answer in zip(self.requests, answers, strict=True):
-            self._each(request, lambda request, answer: request.on_success(answer), answer)
+            self._each(request, self._settle, answer)
         self._over(self)
+
+    def _settle(self, request: TopicRequest, answer: Any) -> None:
+        request.on_success(answer)
 
     def _on_lost(self, info: ExceptionInfo) -> None:
         error = error_of(info)
@@ -121,13 +123,14 @@ class Batch:
         return [counts[request.id] for request in self.requests]
 
 
-def _told(request: TopicRequest) -> _Told:
+def told(request: TopicRequest) -> Told:
+    """Return what a child is told of a request."""
     # The arguments are in the body.
     headers = {name: value for name, value in request.request_dict.items() if name not in ("args", "kwargs")}
     return request.id, headers, request.body, request.content_type, request.content_encoding
 
 
-def run_batch(name: str, members: Sequence[_Told]) -> list[Any]:
+def run_batch(name: str, members: Sequence[Told]) -> list[Any]:
     """Handle the messages of a batch, in a process or thread of the pool; return what tracing each as a task told.
 
     Args:
@@ -135,9 +138,9 @@ def run_batch(name: str, members: Sequence[_Told]) -> list[Any]:
         members: their requests.
     """
     app = current_app._get_current_object()
-    bodies = [_body(app, member) for member in members]
+    bodies = [body_of(app, member) for member in members]
     outcomes = _handle(app, name, members, bodies)
-    trace = fast_trace_task if app.use_fast_trace_task else trace_task_ret
+    trace = tracer_of(app)
     answers = []
     for (id, headers, *_), body, outcome in zip(members, bodies, outcomes, strict=True):
         token = decided.set(outcome)
@@ -149,14 +152,7 @@ def run_batch(name: str, members: Sequence[_Told]) -> list[Any]:
     return answers
 
 
-def _body(app: Celery, member: _Told) -> Any:
-    _, _, body, content_type, encoding = member
-    if not content_type:
-        return body
-    return loads(body, content_type, encoding, accept=prepare_accept_content(app.conf.accept_content))
-
-
-def _handle(app: Celery, name: str, members: Sequence[_Told], bodies: Sequence[Any]) -> list[Outcome | Reject | None]:
+def _handle(app: Celery, name: str, members: Sequence[Told], bodies: Sequence[Any]) -> list[Outcome | Reject | None]:
     """Return what became of each; None of what is no message: that its task says by itself."""
     runtime = runtime_of(app)
     messages: dict[int, Message[Any]] = {}

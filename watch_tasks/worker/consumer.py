@@ -30,6 +30,7 @@ from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
 from .collecting import Collector
 from .gathering import Gathering
+from .groups import Groups, may_be_grouped
 from .hand import HAND, IDS, Hand
 from .request import TopicRequest
 from .runtime import runtime_of
@@ -90,23 +91,28 @@ class WatchConsumer(Consumer):
         self._gathering: Gathering | None = None
         if self._is_here and self.hub is not None:
             self._gathering = (Gathering if isinstance(pool, SoloPool) else ThreadsGathering)(self.runtime, pool)
+        self._groups: Groups | None = None
+        if isinstance(pool, PreforkPool) and self.hub is not None and not pool.options.get("maxtasksperchild"):
+            self._groups = Groups(self.runtime, pool)
 
     @property
     def max_prefetch_count(self) -> int:
         return int(super().max_prefetch_count) + self._collected
 
     def start(self) -> None:
-        self.runtime.stop.clear()
+        self.runtime.shared.go_on()
         self.runtime.keeper.start()
         self.timer.call_repeatedly(heartbeat.EVERY, heartbeat.beat)
         super().start()
 
     def stop(self) -> None:
         # A child that waits for a storage learns from this that it must not wait any longer.
-        self.runtime.stop.set()
+        self.runtime.shared.stop()
         self.collector.let_go()
         if self._gathering:
             self._gathering.let_go()
+        if self._groups:
+            self._groups.let_go()
         super().stop()
 
     def shutdown(self) -> None:
@@ -128,12 +134,16 @@ class WatchConsumer(Consumer):
         super().register_with_event_loop(hub)
         if self._gathering:
             self._gathering.register_with_event_loop(hub)
+        if self._groups:
+            self._groups.register_with_event_loop(hub)
 
     def on_close(self) -> None:
         # The connection was lost: Celery forgets what was not started.
         self.collector.let_go()
         if self._gathering:
             self._gathering.let_go()
+        if self._groups:
+            self._groups.let_go()
         super().on_close()
 
     def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +156,9 @@ class WatchConsumer(Consumer):
         hand = request.hand if isinstance(request, TopicRequest) else None
         if hand and self._gathering and self._tells_again and not request.task.topic.batch:
             self._gathering.add(request, hand)
+            return
+        if self._groups and self._tells_again and may_be_grouped(request):
+            self._groups.add(request)
             return
         if self._gathering:
             self._gathering.make_way()

@@ -78,7 +78,7 @@ class TopicRequest(Request):
     @property
     def is_unclaimed(self) -> bool:
         """Whether its message is handled without a claim, by its own rule or its topic's."""
-        message = self._read()
+        message = self.read()
         return ((message and message.once) or self.task.topic.once) == "none"
 
     @property
@@ -193,7 +193,7 @@ class TopicRequest(Request):
 
     def bury(self, reason: Reason, error: BaseException | str, *, crashes: int = 0) -> Outcome:
         """Make a dead letter of the message, unless its id is settled; the Outcome is Dead where it is kept."""
-        message = self._read()
+        message = self.read()
         try:
             return self._runtime.clerk.bury(
                 reason,
@@ -294,7 +294,8 @@ class TopicRequest(Request):
             self._is_held = False
             self._runtime.keeper.drop(*self._ids)
 
-    def _read(self) -> Message[Any] | None:
+    def read(self) -> Message[Any] | None:
+        """Return the message, its data in plain form; None: it is none."""
         if self.hand:
             return self.hand.message
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import mmap
 import os
 import socket
 import threading
@@ -26,6 +25,7 @@ from ..registry import registry
 from ..storage import Storage, open_storage
 from .outlet import CeleryOutlet
 from .settings import Settings, read_settings
+from .shared import Shared
 
 __all__ = ["Runtime", "runtime_of"]
 
@@ -37,29 +37,13 @@ _ENDINGS: Final = range(-255, -191)
 _lock = threading.Lock()
 
 
-class _StopFlag:
-    """Raised by a worker's main process, seen by the children it forked."""
-
-    def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, 1)
-
-    def set(self) -> None:
-        self._shared[0] = 1
-
-    def clear(self) -> None:
-        self._shared[0] = 0
-
-    def is_set(self) -> bool:
-        return self._shared[0] == 1
-
-
 class Runtime:
     """What a process shares between its messages. Get it by `runtime_of(app)`."""
 
-    def __init__(self, app: Celery, stop: _StopFlag) -> None:
+    def __init__(self, app: Celery, shared: Shared) -> None:
         self.app = app
         self.pid = os.getpid()
-        self.stop = stop
+        self.shared = shared
         self.outlet = CeleryOutlet(app, lambda: self.settings)
         self._pipelines: dict[str, Pipeline] = {}
 
@@ -113,7 +97,7 @@ class Runtime:
         """Whether the worker was asked to stop."""
         # None and False mean no; a number, 0 too, is the exit code to stop with.
         asked, forced = state.should_stop, state.should_terminate
-        if self.stop.is_set() or (asked is not None and asked is not False):
+        if self.shared.is_stopping or (asked is not None and asked is not False):
             return True
         return forced is not None and forced is not False
 
@@ -165,7 +149,7 @@ def runtime_of(app: Celery) -> Runtime:
         with _lock:
             runtime = app.__dict__.get(_ATTRIBUTE)
             if runtime is None or runtime.pid != os.getpid():
-                runtime = Runtime(app, runtime.stop if runtime else _StopFlag())
+                runtime = Runtime(app, runtime.shared if runtime else Shared())
                 app.__dict__[_ATTRIBUTE] = runtime
     return runtime
 

@@ -1,0 +1,184 @@
+"""Single messages for children of the prefork pool, several in one job: claimed together, run one by one, recorded
+together.
+
+What a message costs there is mostly its way: to a child and back, to the storage and back, twice. So what waits while
+all children are busy goes to the next that is free as a group, provided that its handlers have been quick of late. Each
+message keeps its own task, with all that Celery and others hang on to it, its own claim, record and dead letter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, Final
+
+from celery.concurrency.base import BasePool
+
+from ..outcome import Handled
+from ..topics import Topic
+from ..transport.waker import Waker
+from ..work import Work
+from .batches import Batch, told
+from .grouped import ALONE, Answer, run_group
+from .request import TopicRequest
+from .runtime import Runtime
+
+__all__ = ["Groups"]
+
+logger = logging.getLogger(__name__)
+
+#: Messages of a group at most, and bytes of their bodies.
+_MOST: Final = 100
+_MOST_BYTES: Final = 1024 * 1024
+#: Seconds that a group takes at most, as far as can be told: by then other children may have nothing to do.
+_SPAN: Final = 0.05
+#: What part of the seconds of a slow handler is expected of the next one.
+_FADE: Final = 0.98
+
+
+class Groups:
+    """Hands single messages to the children of a pool.
+
+    Args:
+        runtime: of the worker's main process.
+        pool: has children.
+    """
+
+    def __init__(self, runtime: Runtime, pool: BasePool) -> None:
+        self._runtime, self._pool = runtime, pool
+        self._waker = Waker(self._turn)
+        self._waiting: deque[TopicRequest] = deque()
+        #: Those that are not over.
+        self._groups: set[Group] = set()
+        #: Task → seconds that its next message may take: the most of late.
+        self._slowest: dict[str, float] = {}
+
+    def add(self, request: TopicRequest) -> None:
+        """Take a delivery that is due."""
+        self._waiting.append(request)
+        self._waker.wake()
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Have this loop give turns. Again after the loop was reset."""
+        self._waker.register(loop)
+
+    def let_go(self) -> None:
+        """Forget what no child was given: it goes back with its connection."""
+        self._waiting.clear()
+        # The pool forgets what no child has taken as well.
+        self._groups = {group for group in self._groups if group.is_accepted}
+
+    def _turn(self) -> None:
+        while self._waiting and len(self._groups) <= self._pool.num_processes:
+            requests = [request for request in self._take() if not request.revoked()]
+            if requests:
+                self._start(requests)
+
+    def _start(self, requests: list[TopicRequest]) -> None:
+        group = Group(requests, self._runtime, self._over, self._run_alone)
+        self._groups.add(group)
+        group.execute_using_pool(self._pool)
+
+    def _run_alone(self, request: TopicRequest) -> None:
+        """Run by itself what the child that had it did not touch."""
+        if self._runtime.is_stopping():
+            request.drop()  # it goes back with the connection
+        else:
+            self._start([request])
+
+    def _take(self) -> list[TopicRequest]:
+        """Return what goes to one child: no more than its share, and than it can be done with soon."""
+        share = min(-(-len(self._waiting) // self._pool.num_processes), _MOST)
+        taken: list[TopicRequest] = []
+        seconds, size = 0.0, 0
+        for request in islice(self._waiting, share):
+            seconds += self._slowest.get(request.type, _SPAN)
+            size += len(request.body)
+            if taken and (seconds > _SPAN or size > _MOST_BYTES):
+                break
+            taken.append(request)
+        for _ in taken:
+            self._waiting.popleft()
+        return taken
+
+    def _over(self, group: Group) -> None:
+        self._groups.discard(group)
+        for name, seconds in group.seconds:
+            self._slowest[name] = max(seconds, self._slowest.get(name, 0.0) * _FADE)
+        self._turn()
+
+
+class Group(Batch):
+    """Requests that one child runs one after the other.
+
+    Args:
+        requests: in the order in which they run.
+        runtime: of this process.
+        ended: called with it once it is over.
+        run_alone: called with each that the child did not touch.
+    """
+
+    def __init__(
+        self,
+        requests: list[TopicRequest],
+        runtime: Runtime,
+        ended: Callable[[Group], object],
+        run_alone: Callable[[TopicRequest], object],
+    ) -> None:
+        super().__init__("", runtime, self._ended)
+        self._tell = ended
+        self.requests = requests
+        self._run_alone = run_alone
+        self.is_accepted = False
+        #: The task of each that ran, and how long that took.
+        self.seconds: list[tuple[str, float]] = []
+        self._place = runtime.shared.take_place() if len(requests) > 1 else None
+
+    def execute_using_pool(self, pool: Any, **_: Any) -> None:
+        self._hand_over(pool, run_group, [(request.type, told(request)) for request in self.requests], self._place)
+
+    def _on_accepted(self, pid: int, time_accepted: float) -> None:
+        self.is_accepted = True
+        super()._on_accepted(pid, time_accepted)
+
+    def _settle(self, request: TopicRequest, answer: Answer | None) -> None:
+        if answer is ALONE:
+            self._run_alone(request)
+            return
+        told, outcome = answer
+        if told is not None:
+            self.seconds.append((request.type, told[2]))
+        request.settled(Handled(0.0) if outcome is None else outcome, told)
+
+    def _release(self, *, is_crash: bool) -> list[int]:
+        if len(self.requests) == 1:
+            return super()._release(is_crash=is_crash)
+        counts = super()._release(is_crash=False)
+        number = self._runtime.shared.told(self._place) if is_crash and self._place else -1
+        if number >= 0:
+            counts[number] = self._count_crash(self.requests[number])
+        return counts
+
+    def _count_crash(self, request: TopicRequest) -> int:
+        """Count the crash of a handler whose message was claimed ahead; return how often it took its worker down."""
+        message = request.read()
+        begun = self._runtime.clerk.begin((message,)) if message else []
+        return max(self._runtime.release([request.id], crashed=True)) if begun and isinstance(begun[0], Work) else 0
+
+    def _ended(self, _: Batch) -> None:
+        if self._place:
+            self._runtime.shared.give_back(self._place)
+        self._tell(self)
+
+
+def may_be_grouped(request: Any) -> bool:
+    """Whether this is a message that may be claimed before its handler starts, and be in company then.
+
+    See docs/protocol.md §5.
+    """
+    topic: Topic[Any] | None = getattr(request.task, "topic", None)  # packets are of none
+    if not isinstance(request, TopicRequest) or topic is None:
+        return False
+    return request.is_new and topic.batch is None and not topic.transactional and topic.once != "none"
