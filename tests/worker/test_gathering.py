@@ -62,8 +62,14 @@ def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["solo", "threads", "prefork"])
+def any_pool(request: pytest.FixtureRequest) -> str:
+    """Those, and children: what more they do is in `test_groups.py`."""
+    return str(request.param)
+
+
 def work(site: Site, pool: str, *, at_once: int = 1) -> Worker:
-    """Start a worker whose handlers run in its own process."""
+    """Start a worker that runs so many handlers at once."""
     return site.worker(pool=pool, concurrency=at_once)
 
 
@@ -77,11 +83,11 @@ def waiting(server: RedisServer) -> int:
         return int(client.llen("celery"))  # type: ignore[arg-type]
 
 
-def test_all_that_came_together_are_handled_in_their_order(make_site: MakeSite, pool: str) -> None:
+def test_all_that_came_together_are_handled_in_their_order(make_site: MakeSite, any_pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     ids = send(site, *range(50))
 
-    work(site, pool)
+    work(site, any_pool)
 
     site.until_handled(50)
     assert [line["id"] for line in site.lines() if line["handler"] == "begin"] == ids
@@ -121,14 +127,14 @@ def test_a_lone_killer_is_counted_from_its_first_run_on(make_site: MakeSite, poo
 
 
 def test_one_that_was_taken_over_is_not_acked_and_the_others_are(
-    make_site: MakeSite, valkey: RedisServer, pool: str
+    make_site: MakeSite, valkey: RedisServer, any_pool: str
 ) -> None:
     site = make_site(FENCED, MANY, **SHORT)
     others = send(site, *range(5))
     (stolen,) = send(site, "stolen")
     others += send(site, *range(5, 10))
 
-    work(site, pool)
+    work(site, any_pool)
 
     site.until_handled(11)
     until(lambda: in_hand(valkey) == 0, "all are acked")
@@ -137,11 +143,11 @@ def test_one_that_was_taken_over_is_not_acked_and_the_others_are(
 
 
 def test_nothing_is_acked_while_the_storage_is_away(
-    make_site: MakeSite, own_valkey: RedisServer, valkey: RedisServer, pool: str
+    make_site: MakeSite, own_valkey: RedisServer, valkey: RedisServer, any_pool: str
 ) -> None:
     site = make_site(JOB, MANY, **SHORT, WATCH_STORAGE_BACKEND=own_valkey.url)
     ids = send(site, "gate", *range(5))
-    work(site, pool)
+    work(site, any_pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     own_valkey.stop()
@@ -158,15 +164,16 @@ def test_nothing_is_acked_while_the_storage_is_away(
 
 
 def test_a_stop_records_what_is_handled_and_gives_back_the_rest(
-    make_site: MakeSite, valkey: RedisServer, pool: str
+    make_site: MakeSite, valkey: RedisServer, any_pool: str
 ) -> None:
     site = make_site(JOB, MANY, **{**SHORT, "WATCH_LEASE": "30"})
     ids = send(site, 0, 1, "gate", *range(2, 9))
-    worker = work(site, pool)
+    worker = work(site, any_pool)
     until(lambda: site.calls()["begin"] == 3, "the third one's handler runs")
 
     worker.process.terminate()
     until(lambda: "Warm shutdown" in worker.text(), "it stops")
+    signal.sigtimedwait([], 0.5)  # children learn of it a moment later
     site.touch("open")
     worker.process.wait(30)
 
@@ -178,11 +185,11 @@ def test_a_stop_records_what_is_handled_and_gives_back_the_rest(
 
 
 def test_a_stop_while_the_storage_is_away_sends_along_what_was_handled(
-    make_site: MakeSite, own_valkey: RedisServer, pool: str
+    make_site: MakeSite, own_valkey: RedisServer, any_pool: str
 ) -> None:
     site = make_site(JOB, MANY, **SHORT, WATCH_STORAGE_BACKEND=own_valkey.url)
     ids = send(site, "gate", *range(5))
-    worker = work(site, pool)
+    worker = work(site, any_pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     own_valkey.stop()
@@ -190,16 +197,16 @@ def test_a_stop_while_the_storage_is_away_sends_along_what_was_handled(
     until(lambda: "the storage is away" in worker.text(), "an outcome cannot be stored")
     assert worker.stop(40) == 0, worker.text()
     own_valkey.start()
-    work(site, pool)
+    work(site, any_pool)
 
     site.until_handled(6, 60)
     assert site.calls("id") == dict.fromkeys(ids, 2), "each began and ended once"
 
 
-def test_what_is_handled_does_not_wait_for_a_handler_that_takes_long(make_site: MakeSite, pool: str) -> None:
+def test_what_is_handled_does_not_wait_for_a_handler_that_takes_long(make_site: MakeSite, any_pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     send(site, 0, 1, 2, "gate", 3)
-    work(site, pool)
+    work(site, any_pool)
 
     site.until_handled(3)
     assert site.calls() == {"begin": 4, "end": 3}
@@ -225,19 +232,19 @@ def test_leases_of_those_that_wait_are_renewed(make_site: MakeSite, pool: str) -
     assert site.calls("id") == dict.fromkeys(ids, 2), "each began and ended once"
 
 
-def test_the_same_index_twice_is_settled_after_the_first(make_site: MakeSite, pool: str) -> None:
+def test_the_same_index_twice_is_settled_after_the_first(make_site: MakeSite, any_pool: str) -> None:
     site = make_site(JOB.replace('topic("job")', 'topic("job", once="index")'), MANY, **SHORT)
     for number in (1, 2, 3, 3, 3):
         site.send("job", number, index=f"i{number}")
 
-    work(site, pool)
+    work(site, any_pool)
 
     until(lambda: site.storage.counters("job").duplicates == 2, "two are duplicates", report=site.report)
     assert site.handled() == 3
     assert site.calls() == {"begin": 3, "end": 3}
 
 
-def test_a_failure_among_them_is_tried_again(make_site: MakeSite, pool: str) -> None:
+def test_a_failure_among_them_is_tried_again(make_site: MakeSite, any_pool: str) -> None:
     site = make_site(
         """
 job = topic("job", retry=RetryPolicy(max_retries=2, backoff=0.01))
@@ -253,19 +260,19 @@ def work(message):
     )
     send(site, *range(1, 31))
 
-    work(site, pool)
+    work(site, any_pool)
 
     site.until_handled(20)
     site.until_dead(10)
     assert site.calls() == {"begin": 20 + 30}
 
 
-def test_one_that_expires_while_it_waits_is_dead(make_site: MakeSite, pool: str) -> None:
+def test_one_that_expires_while_it_waits_is_dead(make_site: MakeSite, any_pool: str) -> None:
     site = make_site(JOB, MANY, **SHORT)
     send(site, "gate")
     late = site.send("job", 1, expires=2)
     send(site, 2)
-    work(site, pool)
+    work(site, any_pool)
     until(lambda: site.calls()["begin"] == 1, "the first one's handler runs")
 
     signal.sigtimedwait([], 2)

@@ -36,7 +36,7 @@ def run(storage: Storage) -> Callable[[bytes], str]:
     registry.add(topic, __name__)
     runtime = runtime_of(app)
     runtime.__dict__["storage"] = storage
-    runtime.stop.set()
+    runtime.shared.stop()
     task = app.tasks[PacketTask.name]
 
     def call(raw: bytes) -> str:

@@ -44,6 +44,8 @@ class Batch:
         self.requests: list[TopicRequest] = []
         #: Whether somebody has its process ended, by revoking one of its messages: no fault of the others.
         self.is_ended = False
+        #: Whether a process of the pool has it.
+        self.is_accepted = False
         self._runtime, self._over = runtime, ended
 
     def execute_using_pool(self, pool: Any, **_: Any) -> None:
@@ -74,7 +76,18 @@ class Batch:
         for request in self.requests:
             request._apply_result = result and ref(result)
 
+    def forget(self) -> None:
+        """Let go of its requests: they are settled, or its pool has forgotten it, and they are to go back.
+
+        They refer to it as it does to them: their deliveries would stay in hand until the collector finds the ring.
+        """
+        for request in self.requests:
+            if request.batch is self:
+                request.batch = None
+        self.requests = []
+
     def _on_accepted(self, pid: int, time_accepted: float) -> None:
+        self.is_accepted = True
         for request in self.requests:
             request.on_accepted(pid, time_accepted)
 
@@ -82,14 +95,18 @@ class Batch:
         if isinstance(answers, ExceptionInfo):  # so pools of this process say that a task would end it
             self._on_lost(answers)
             return
+        if not self.requests:  # forgotten; what it has settled will be duplicates
+            return
         for request, answer in zip(self.requests, answers, strict=True):
             self._each(request, self._settle, answer)
-        self._over(self)
+        self._end()
 
     def _settle(self, request: TopicRequest, answer: Any) -> None:
         request.on_success(answer)
 
     def _on_lost(self, info: ExceptionInfo) -> None:
+        if not self.requests:
+            return
         error = error_of(info)
         is_lost = isinstance(error, LOST) or not isinstance(error, Exception)
         # Being stopped costs nothing, nor being ended for another's sake.
@@ -103,6 +120,10 @@ class Batch:
                 # A mistake of ours: what is settled will be a duplicate.
                 logger.error("a batch could not be told: %s", error_text(error))
                 self._each(request, lambda request, _: request.put_back(), None)
+        self._end()
+
+    def _end(self) -> None:
+        self.forget()
         self._over(self)
 
     def _each(self, request: TopicRequest, call: Callable[[TopicRequest, Any], object], argument: Any) -> None:

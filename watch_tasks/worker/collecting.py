@@ -67,6 +67,8 @@ class Collector:
     def let_go(self) -> None:
         """Forget what is collected: it goes back with its connection. What runs is not touched."""
         with self._lock:
+            for batch in [batch for batch in self._sizes if not batch.is_accepted]:
+                batch.forget()
             self._open.clear()
             self._sizes.clear()
             self._raised = 0

@@ -53,11 +53,13 @@ def run_group(members: Sequence[tuple[str, Told]], place: int | None) -> list[An
         An answer for each.
     """
     app = current_app._get_current_object()
+    runtime = runtime_of(app)
+    if runtime.is_stopping():
+        return [ALONE] * len(members)
     if len(members) == 1:
         ((name, told),) = members
         id, headers, body, content_type, encoding = told
         return [(tracer_of(app)(name, id, headers, body, content_type, encoding), None)]
-    runtime = runtime_of(app)
     pipeline = runtime.pipeline(*worker_of(members[0][1][1], runtime))
     with pipeline.company:
         return _Run(app, runtime, pipeline, place).run(members)

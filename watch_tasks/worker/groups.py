@@ -9,6 +9,7 @@ message keeps its own task, with all that Celery and others hang on to it, its o
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -58,7 +59,11 @@ class Groups:
     def add(self, request: TopicRequest) -> None:
         """Take a delivery that is due."""
         self._waiting.append(request)
-        self._waker.wake()
+        busy = len(self._groups)
+        if busy < self._pool.num_processes:
+            self._turn()
+        elif busy == self._pool.num_processes:
+            self._waker.wake()  # until then more may come
 
     def register_with_event_loop(self, loop: Any) -> None:
         """Have this loop give turns. Again after the loop was reset."""
@@ -68,18 +73,30 @@ class Groups:
         """Forget what no child was given: it goes back with its connection."""
         self._waiting.clear()
         # The pool forgets what no child has taken as well.
-        self._groups = {group for group in self._groups if group.is_accepted}
+        for group in [group for group in self._groups if not group.is_accepted]:
+            group.forget()
+            self._groups.discard(group)
 
     def _turn(self) -> None:
-        while self._waiting and len(self._groups) <= self._pool.num_processes:
+        while self._waiting and self._has_room():
             requests = [request for request in self._take() if not request.revoked()]
             if requests:
                 self._start(requests)
 
+    def _has_room(self) -> bool:
+        """Whether a child is free; or will be in a moment, and shall not wait then."""
+        missing = self._pool.num_processes - len(self._groups)
+        return missing > 0 or (missing == 0 and all(group.is_quick for group in self._groups))
+
     def _start(self, requests: list[TopicRequest]) -> None:
         group = Group(requests, self._runtime, self._over, self._run_alone)
+        group.is_quick = sum(map(self._expected, requests)) <= _SPAN
         self._groups.add(group)
         group.execute_using_pool(self._pool)
+
+    def _expected(self, request: TopicRequest) -> float:
+        """Return the seconds that a message may take, as far as can be told."""
+        return self._slowest.get(request.type, math.inf)
 
     def _run_alone(self, request: TopicRequest) -> None:
         """Run by itself what the child that had it did not touch."""
@@ -94,7 +111,7 @@ class Groups:
         taken: list[TopicRequest] = []
         seconds, size = 0.0, 0
         for request in islice(self._waiting, share):
-            seconds += self._slowest.get(request.type, _SPAN)
+            seconds += self._expected(request)
             size += len(request.body)
             if taken and (seconds > _SPAN or size > _MOST_BYTES):
                 break
@@ -131,7 +148,8 @@ class Group(Batch):
         self._tell = ended
         self.requests = requests
         self._run_alone = run_alone
-        self.is_accepted = False
+        #: Whether it will soon be over, as far as can be told.
+        self.is_quick = False
         #: The task of each that ran, and how long that took.
         self.seconds: list[tuple[str, float]] = []
         self._place = runtime.shared.take_place() if len(requests) > 1 else None
@@ -139,16 +157,12 @@ class Group(Batch):
     def execute_using_pool(self, pool: Any, **_: Any) -> None:
         self._hand_over(pool, run_group, [(request.type, told(request)) for request in self.requests], self._place)
 
-    def _on_accepted(self, pid: int, time_accepted: float) -> None:
-        self.is_accepted = True
-        super()._on_accepted(pid, time_accepted)
-
     def _settle(self, request: TopicRequest, answer: Answer | None) -> None:
         if answer is ALONE:
             self._run_alone(request)
             return
         told, outcome = answer
-        if told is not None:
+        if told is not None and told[2] is not None:  # of a retry no time is told
             self.seconds.append((request.type, told[2]))
         request.settled(Handled(0.0) if outcome is None else outcome, told)
 
@@ -178,7 +192,7 @@ def may_be_grouped(request: Any) -> bool:
 
     See docs/protocol.md §5.
     """
-    topic: Topic[Any] | None = getattr(request.task, "topic", None)  # packets are of none
-    if not isinstance(request, TopicRequest) or topic is None:
+    topic: Topic[Any] | None = getattr(request.task, "topic", None) if isinstance(request, TopicRequest) else None
+    if topic is None:  # somebody else's task, a batch, or a packet
         return False
     return request.is_new and topic.batch is None and not topic.transactional and topic.once != "none"

@@ -1,0 +1,442 @@
+"""Single messages that go to a child of the prefork pool in groups: what each keeps of its own, and what faults make.
+
+What they have in common with messages that one process has in hand is in `test_gathering.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from watch_tasks import Reason
+from watch_tasks.storage import open_storage
+from watch_tasks.storage.protocol import Claim, Refusal, Refused
+from watch_tasks.topics import Topic
+from watch_tasks.worker.groups import Groups, may_be_grouped
+from watch_tasks.worker.runtime import runtime_of
+from watch_tasks.worker.shared import Shared
+
+from ..servers import RedisServer
+from ..workers import Site, until
+from .test_batches import events_of
+from .test_gathering import MANY, in_hand, kinds, send, waiting
+
+pytestmark = pytest.mark.worker
+
+MakeSite = Callable[..., Site]
+
+SHORT = {"WATCH_LEASE": "2", "WATCH_RENEW_EVERY": "0.5"}
+
+#: Messages that teach a worker that its handler is quick: its first ones are not, as they make its connections.
+WARM = 120
+
+#: `job` is quick but for what its data says; while `gate` has the child, messages wait.
+JOB = """
+from celery import current_task, signals
+
+gate = topic("gate")
+job = topic("job", retry=RetryPolicy(max_retries=1, backoff=0.01), timeout=TIMEOUT)
+
+@gate.handler
+def keep(message):
+    note("gate", message)
+    wait_for(message.data)
+
+@job.handler
+def work(message):
+    note("begin", message, data=message.data, task=current_task.request.id)
+    if message.data == "kill":
+        os.kill(os.getpid(), 9)
+    if message.data == "slow":
+        wait_for("slow")
+    if message.data == "hang":
+        time.sleep(30)
+    if message.data == "fail":
+        raise ValueError("no")
+    if message.data == "discard":
+        raise Discard("no")
+    if message.data == "snooze" and not message.copy:
+        raise Snooze(0.1)
+    note("end", message, data=message.data)
+
+@signals.task_prerun.connect
+def before(task_id, **_):
+    note("prerun", Message(0, "job", index=task_id))
+
+@signals.task_postrun.connect
+def after(task_id, state, **_):
+    note("postrun", Message(0, "job", index=task_id), state=state)
+""".replace("TIMEOUT", "None")
+
+
+def gather(site: Site, *data: object, key: str = "open") -> list[str]:
+    """Send `job` messages that all wait when the only child of the worker is free, and is known to be quick."""
+    for number in range(WARM):
+        site.send("job", f"warm {number}")
+    site.until_handled(WARM, topic="job")
+    gates = site.calls()["gate"]
+    site.send("gate", key)
+    until(lambda: site.calls()["gate"] == gates + 1, "the child is taken", report=site.report)
+    ids = send(site, *data)
+    until(lambda: all(f"[{id}] received" in site.report() for id in ids), "all have come", report=site.report)
+    site.touch(key)
+    return ids
+
+
+def together(site: Site, ids: list[str]) -> int:
+    """How many were claimed at one time."""
+    attempts = Counter(event.at for id in ids for event in site.storage.explain("job", id) if event.event == "attempt")
+    return max(attempts.values())
+
+
+def begun(site: Site) -> Counter[str]:
+    return Counter(line["id"] for line in site.lines() if line["handler"] == "begin")
+
+
+def test_what_waits_goes_to_a_child_together(make_site: MakeSite, valkey: RedisServer) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    worker = site.worker(concurrency=1)
+
+    ids = gather(site, *range(20))
+
+    site.until_handled(WARM + 20, topic="job")
+    until(lambda: in_hand(valkey) == 0, "all are acked")
+    assert together(site, ids) >= 5
+    assert [line["id"] for line in site.lines() if line["handler"] == "begin"][WARM:] == ids, "in their order"
+    assert all(kinds(site, id) == {"sent": 1, "attempt": 1, "handler": 1, "handled": 1} for id in ids)
+    assert worker.is_running()
+
+
+def test_each_is_a_task_of_its_own(make_site: MakeSite) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    site.worker("-E", concurrency=1)
+
+    with events_of(site) as seen:
+        ids = gather(site, 1, "fail", 2, "discard", 3, "snooze")
+        site.until_handled(WARM + 4, topic="job")
+        site.until_dead(2)
+        wanted = {ids[0]: "task-succeeded", ids[1]: "task-retried", ids[3]: "task-failed", ids[5]: "task-retried"}
+        until(
+            lambda: all(
+                (id, kind) in {(event.get("uuid"), event["type"]) for event in seen} for id, kind in wanted.items()
+            ),
+            "Flower is told of each",
+        )
+
+    assert together(site, ids) >= 4
+    assert {(letter.reason, letter.retries) for letter in site.dead()} == {
+        (Reason.EXHAUSTED, 1),
+        (Reason.DISCARDED, 0),
+    }
+    begins = [line for line in site.lines() if line["handler"] == "begin"]
+    assert all(line["task"] == line["id"] for line in begins)
+    runs = Counter(
+        (line["handler"], line["index"]) for line in site.lines() if line["handler"] in ("prerun", "postrun")
+    )
+    assert all(runs["prerun", id] == runs["postrun", id] == begun(site)[id] for id in ids)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_crash_of_a_child_counts_against_the_one_that_ran(
+    make_site: MakeSite, valkey: RedisServer, most: int
+) -> None:
+    site = make_site(JOB, f"{MANY}watch_max_crashes = {most}\n", **SHORT)
+    worker = site.worker(concurrency=1)
+
+    ids = gather(site, 1, 2, "kill", 3, 4)
+
+    site.until_dead(1, 60)
+    site.until_handled(WARM + 4, 60, topic="job")
+    until(lambda: waiting(valkey) + in_hand(valkey) == 0, "all are acked")
+    (letter,) = site.dead()
+    assert (letter.id, letter.reason, letter.crashes) == (ids[2], Reason.KILLED_WORKER, most)
+    assert together(site, ids[:3]) == 3
+    assert begun(site)[ids[2]] == most, "counted from its first run on"
+    assert max(begun(site)[id] for id in ids[:2]) <= 2, "handled and not recorded yet when their child was killed"
+    assert {begun(site)[id] for id in ids[3:]} == {1}
+    assert all(kinds(site, id)["handled"] == 1 for id in ids if id != ids[2])
+    assert worker.is_running()
+
+
+def test_a_child_that_somebody_else_kills_costs_what_it_ran_one_crash(make_site: MakeSite) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    worker = site.worker(concurrency=1)
+
+    ids = gather(site, 1, "slow", 2)
+    until(lambda: begun(site)[ids[1]] == 1, "it runs")
+    os.kill(worker.children()[0], signal.SIGKILL)
+    until(lambda: begun(site)[ids[1]] == 2, "it runs again", report=site.report)
+    site.touch("slow")
+
+    site.until_handled(WARM + 3, topic="job")
+    assert not site.dead()
+    assert begun(site)[ids[2]] == 1
+
+
+def test_who_stands_behind_a_slow_one_is_given_back_and_what_is_done_is_recorded(make_site: MakeSite) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    site.worker(concurrency=1)
+
+    ids = gather(site, 1, 2, "slow", *range(3, 13))
+    site.until_handled(WARM + 2, topic="job")
+    assert begun(site)[ids[2]] == 1
+    assert not set(begun(site)) & set(ids[3:])
+    site.touch("slow")
+
+    site.until_handled(WARM + 13, topic="job")
+    assert together(site, ids) >= 5
+    assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+    assert kinds(site, ids[3])["attempt"] == 2, "it was claimed once more, by itself"
+
+
+def test_a_message_that_hangs_is_cut_off_and_its_neighbours_are_handled(make_site: MakeSite) -> None:
+    site = make_site(JOB.replace("timeout=None", "timeout=0.5"), MANY, **SHORT)
+    site.worker(concurrency=1)
+
+    ids = gather(site, 1, "hang", 2)
+
+    site.until_handled(WARM + 2, topic="job")
+    site.until_dead(1)
+    assert site.dead()[0].id == ids[1]
+    assert "HandlerTimeoutError" in site.dead()[0].error
+
+
+def test_leases_of_a_group_are_renewed(make_site: MakeSite) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", 2)
+    until(lambda: begun(site)[ids[1]] == 1, "it runs")
+
+    signal.sigtimedwait([], 5)  # more than two leases
+    rest: dict[str, Any] = {"lease": 2.0, "digest": "", "retention": 86_400.0, "sent_at": 0.0}
+    asked = [
+        Claim(topic="job", index=id, id=id, copy=0, once="message", worker="somebody else", **rest) for id in ids[1:]
+    ]
+    answers = site.storage.claim_many(asked)
+    site.touch("slow")
+
+    assert [answer.why for answer in answers if isinstance(answer, Refused)] == [Refusal.BUSY] * 2
+    site.until_handled(WARM + 3, topic="job")
+    assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+
+
+def test_a_connection_that_breaks_repeats_nothing_that_runs_and_loses_nothing(
+    make_site: MakeSite, own_valkey: RedisServer
+) -> None:
+    site = make_site(JOB, MANY, url=own_valkey.url, **SHORT)
+    worker = site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", 2)
+    until(lambda: begun(site)[ids[1]] == 1, "it runs")
+    ids += send(site, *range(10))
+    until(lambda: all(f"[{id}] received" in worker.text() for id in ids), "all have come")
+
+    with own_valkey.client() as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+        client.client_kill_filter(_type="pubsub", skipme=True)
+    until(lambda: worker.text().count("Connected to") == 2, "it connects again", report=site.report)
+    site.touch("slow")
+
+    site.until_handled(WARM + 13, 60, topic="job")
+    until(lambda: waiting(own_valkey) + in_hand(own_valkey) == 0, "all are acked", 60)
+    assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+
+
+def test_a_revoked_one_takes_its_child_along_and_costs_its_neighbours_nothing(make_site: MakeSite) -> None:
+    site = make_site(JOB, f"{MANY}watch_max_crashes = 1\n", **SHORT)
+    site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", 2)
+    until(lambda: begun(site)[ids[1]] == 1, "it runs")
+
+    site.bare.control.revoke(ids[1], terminate=True, signal="SIGKILL")
+
+    site.until_dead(1)
+    site.until_handled(WARM + 2, topic="job")
+    assert [(letter.id, letter.reason) for letter in site.dead()] == [(ids[1], Reason.REVOKED)]
+
+
+@pytest.mark.parametrize(
+    ("topics", "config"),
+    [
+        (JOB, MANY + "worker_max_tasks_per_child = 1000\n"),
+        (JOB.replace('topic("job", ', 'topic("job", once="none", '), MANY),
+        (JOB.replace('if message.data == "kill"', "time.sleep(0.06)\n    if message.data == 'kill'"), MANY),
+    ],
+    ids=["children that are replaced", "unclaimed", "slow of late"],
+)
+def test_some_always_go_one_by_one(make_site: MakeSite, topics: str, config: str) -> None:
+    site = make_site(topics, config, **SHORT)
+    site.worker(concurrency=1)
+
+    ids = gather(site, *range(5))
+
+    site.until_handled(WARM + 5, topic="job")
+    if 'once="none"' not in topics:
+        assert together(site, ids) == 1
+    assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+
+
+# -- who goes with whom
+
+
+class Asked:
+    """A request, as far as it matters here."""
+
+    def __init__(self, type: str, size: int = 10, is_revoked: bool = False) -> None:
+        self.type, self.id, self.body = type, f"{type}{id(self)}", b"x" * size
+        self.request_dict: dict[str, object] = {}
+        self.content_type = self.content_encoding = "x"
+        self.batch: object = None
+        self._apply_result: object = None
+        self._is_revoked = is_revoked
+
+    def revoked(self) -> bool:
+        return self._is_revoked
+
+    def on_accepted(self, *_: object) -> None: ...
+
+    def on_success(self, answer: object) -> None: ...
+
+    def settled(self, outcome: object, answer: object) -> None: ...
+
+
+class Pool:
+    """A pool that keeps what it is given."""
+
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes
+        self.jobs: list[list[str]] = []
+        self.callbacks: list[dict[str, Callable[..., None]]] = []
+
+    def apply_async(
+        self, run: object, args: tuple[list[tuple[str, object]], object], **callbacks: Callable[..., None]
+    ) -> None:
+        self.jobs.append([name for name, _ in args[0]])
+        self.callbacks.append(callbacks)
+
+    def end(self, job: int, seconds: float) -> None:
+        self.callbacks[job]["accept_callback"](1, 0.0)
+        self.callbacks[job]["callback"]([((0, "handled", seconds), None)] * len(self.jobs[job]))
+
+
+def groups_of(pool: Pool) -> Groups:
+    app = Celery("here", broker="memory://", set_as_current=False)
+    runtime = runtime_of(app)
+    runtime.__dict__["storage"] = open_storage("memory://")
+    return Groups(runtime, pool)  # type: ignore[arg-type]
+
+
+def add(groups: Groups, *requests: Asked) -> None:
+    for request in requests:
+        groups.add(request)  # type: ignore[arg-type]
+    groups._turn()
+
+
+def test_who_is_not_known_goes_alone_and_those_behind_wait() -> None:
+    pool = Pool(2)
+    groups = groups_of(pool)
+
+    add(groups, *(Asked("job") for _ in range(10)))
+    assert pool.jobs == [["job"], ["job"]]
+
+    pool.end(0, 0.0001)
+    assert [len(job) for job in pool.jobs] == [1, 1, 4]
+    pool.end(1, 0.0001)
+    assert [len(job) for job in pool.jobs[3:]] == [2, 1], "one more than there are children: each is done in a moment"
+
+
+def test_no_more_than_can_be_done_with_soon() -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"), *(Asked("job") for _ in range(100)))
+
+    pool.end(0, 0.01)
+
+    assert [len(job) for job in pool.jobs] == [1, 5, 5]
+
+
+def test_a_slow_one_is_remembered_for_a_while() -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    pool.end(0, 10.0)
+
+    add(groups, *(Asked("job") for _ in range(20)))
+
+    for job in range(1, 11):
+        assert [len(one) for one in pool.jobs[1:]] == [1] * job
+        pool.end(job, 0.0001)
+
+
+def test_no_more_than_its_share_and_no_more_bytes_than_one_fetch() -> None:
+    pool = Pool(4)
+    groups = groups_of(pool)
+    add(groups, *(Asked("job") for _ in range(4)))
+    for job in range(4):
+        pool.end(job, 0.0001)
+    del pool.jobs[:], pool.callbacks[:]
+
+    groups._waiting.extend(Asked("job") for _ in range(1000))  # type: ignore[misc]
+    groups._turn()
+    assert [len(job) for job in pool.jobs] == [100] * 5, "a fourth would be more than one may have"
+    groups._waiting.clear()
+    groups._waiting.extend(Asked("job", 700_000) for _ in range(8))  # type: ignore[misc]
+    pool.end(0, 0.0001)
+    assert [len(job) for job in pool.jobs[5:]] == [1]
+
+
+def test_the_revoked_are_no_part_of_it() -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    add(groups, Asked("job", is_revoked=True), Asked("job", is_revoked=True))
+
+    pool.end(0, 0.0001)
+
+    assert pool.jobs == [["job"]]
+
+
+def test_what_the_pool_forgets_with_a_connection_leaves_room() -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"), Asked("job"))
+    assert pool.jobs == [["job"]]
+
+    groups.let_go()
+    add(groups, Asked("other"))
+
+    assert pool.jobs == [["job"], ["other"]]
+
+
+def test_of_others_none_is_grouped() -> None:
+    topic: Topic[object] = Topic("t")
+    assert not may_be_grouped(object())
+    assert not may_be_grouped(topic)
+
+
+def test_places_are_of_one_at_a_time_and_seen_by_children() -> None:
+    shared = Shared()
+    first, second = shared.take_place(), shared.take_place()
+    assert first is not None
+    assert second is not None
+    assert first != second
+    shared.stop()
+    if os.fork() == 0:
+        shared.tell(first, 7)
+        shared.tell(second, 1_000_000)
+        os._exit(0)
+    os.wait()
+
+    assert (shared.told(first), shared.told(second), shared.is_stopping) == (7, 1_000_000, True)
+    shared.give_back(first)
+    assert shared.take_place() == first
+    assert shared.told(first) == -1
+    while shared.take_place() is not None:
+        pass
+    shared.go_on()
+    assert not shared.is_stopping
