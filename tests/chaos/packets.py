@@ -1,4 +1,4 @@
-"""Packets under kills: how many messages, of which some fail and a few kill their process, while workers are killed.
+"""Packets and singles under kills: of many messages some fail and a few kill their process, while workers are killed.
 
 Two files outside the system tell what happened, each line one write at their end: every call of a handler, and every
 commit, when the storage is asked and when it accepted. Everything is joined by index.
@@ -71,7 +71,11 @@ from watch_tasks import Message
 from watch_tasks.celery import app
 
 count, kinds = int(sys.argv[1]), json.loads(pathlib.Path("kinds.json").read_text())
-print(job.send_many(Message(kinds.get(str(n), "ok"), index=str(n)) for n in range(count)))
+messages = (Message(kinds.get(str(n), "ok"), index=str(n)) for n in range(count))
+if sys.argv[2] == "packed":
+    print(job.send_many(messages))
+else:
+    print(f"sent={sum(job.send(message) is not None for message in messages)},")
 """
 
 
@@ -117,8 +121,9 @@ def torture_packets(
     every: tuple[float, float],
     most: int | None = None,
     timeout: float,
+    packed: bool = True,
 ) -> Joined:
-    """Send so many in packets while two workers handle them, of which one is killed every few seconds.
+    """Send so many, in packets or one by one, while two workers handle them, of which one is killed every few seconds.
 
     Args:
         place: where the workers run; its topics are `TOPICS`.
@@ -130,6 +135,7 @@ def torture_packets(
         every: seconds between two kills: from, to.
         most: kills at most; None: until nine tenths have ended.
         timeout: seconds until all must have ended.
+        packed: whether they travel in packets.
     """
     chance, joined = random.Random(seed), Joined(messages)
     odd = chance.sample(range(messages), killers + messages // 100)
@@ -139,7 +145,7 @@ def torture_packets(
     (place.folder / "kinds.json").write_text(json.dumps(kinds))
     began = time.monotonic()
     workers = [place.spawn() for _ in range(2)]
-    command = [sys.executable, "produce.py", str(messages)]
+    command = [sys.executable, "produce.py", str(messages), "packed" if packed else "singly"]
     producer = subprocess.Popen(command, cwd=place.folder, env=place.environment, stdout=subprocess.PIPE)
     try:
         _kill_until_all_ended(place, server, workers, chance, joined, every, most, timeout)

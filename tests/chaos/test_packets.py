@@ -1,4 +1,4 @@
-"""Packets while workers are killed: none of their messages is lost, and none has to pay for its neighbour.
+"""Packets, and singles in groups, while workers are killed: none is lost, and none has to pay for its neighbour.
 
 CHAOS_PACKETS says how many messages the long run takes, CHAOS_SEED repeats one.
 """
@@ -40,6 +40,40 @@ def test_packets_survive_kills(place: Place, own_valkey: RedisServer) -> None:
     print(f"seed={seed}: {joined}")
     assert not joined.complaints, joined.complaints
     assert joined.kills
+
+
+#: So that a worker has many in hand, and its children get them in groups.
+GATHERED = "worker_prefetch_multiplier = 50\n"
+
+
+@pytest.fixture
+def roomy(tmp_path: Path, own_valkey: RedisServer) -> Iterator[Place]:
+    place = Place(tmp_path / "site", own_valkey.url, TOPICS, GATHERED, WATCH_MAX_CRASHES="3")
+    yield place
+    place.close()
+
+
+def test_singles_survive_kills(roomy: Place, own_valkey: RedisServer) -> None:
+    roomy.environment |= {"WATCH_LEASE": "2", "WATCH_RENEW_EVERY": "0.5"}
+    seed = seed_of_run()
+    options = {"work": 0.002, "every": (1.5, 3.0), "most": 3, "timeout": 90, "packed": False}
+    joined = torture_packets(roomy, own_valkey, seed, 3000, 3, **options)  # type: ignore[arg-type]
+    print(f"seed={seed}: {joined}")
+    assert not joined.complaints, joined.complaints
+    assert joined.kills
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_many_singles_survive_kills(roomy: Place, own_valkey: RedisServer) -> None:
+    seed, count = seed_of_run(), int(os.environ.get("CHAOS_PACKETS", "100000"))
+    killers = count // 10_000
+    joined = torture_packets(
+        roomy, own_valkey, seed, count, killers, work=0.0002, every=(2.0, 5.0), timeout=3000, packed=False
+    )
+    print(f"singles seed={seed}: {joined}")
+    assert not joined.complaints, joined.complaints
+    assert joined.kills >= killers
 
 
 @pytest.mark.chaos
