@@ -9,18 +9,28 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
 from celery import Celery
+from celery.app import trace
+from celery.local import Proxy
 
-from watch_tasks import Reason
+from watch_tasks import Message, Reason
+from watch_tasks.registry import registry
 from watch_tasks.storage import open_storage
 from watch_tasks.storage.protocol import Claim, Refusal, Refused
 from watch_tasks.topics import Topic
+from watch_tasks.worker import grouped
+from watch_tasks.worker.grouped import ALONE
 from watch_tasks.worker.groups import Groups, may_be_grouped
+from watch_tasks.worker.request import TopicRequest
 from watch_tasks.worker.runtime import runtime_of
 from watch_tasks.worker.shared import Shared
+from watch_tasks.worker.task import register
 
 from ..servers import RedisServer
 from ..workers import Site, until
@@ -55,6 +65,8 @@ def work(message):
         os.kill(os.getpid(), 9)
     if message.data == "slow":
         wait_for("slow")
+    if message.data == "slow too":
+        wait_for("slow too")
     if message.data == "hang":
         time.sleep(30)
     if message.data == "fail":
@@ -240,6 +252,8 @@ def test_a_connection_that_breaks_repeats_nothing_that_runs_and_loses_nothing(
         client.client_kill_filter(_type="normal", skipme=True)
         client.client_kill_filter(_type="pubsub", skipme=True)
     until(lambda: worker.text().count("Connected to") == 2, "it connects again", report=site.report)
+    again = [f"[{id}] received" for id in ids[3:]]
+    until(lambda: all(worker.text().count(text) == 2 for text in again), "what no child had comes again", 5)
     site.touch("slow")
 
     site.until_handled(WARM + 13, 60, topic="job")
@@ -258,6 +272,59 @@ def test_a_revoked_one_takes_its_child_along_and_costs_its_neighbours_nothing(ma
     site.until_dead(1)
     site.until_handled(WARM + 2, topic="job")
     assert [(letter.id, letter.reason) for letter in site.dead()] == [(ids[1], Reason.REVOKED)]
+
+
+def test_a_stop_waits_for_what_runs_and_not_for_what_the_child_has_next(
+    make_site: MakeSite, valkey: RedisServer
+) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    worker = site.worker(concurrency=1)
+    ids = gather(site, "slow", 1)
+    until(lambda: begun(site)[ids[0]] == 1, "it runs")
+    ids += send(site, 2)
+    until(lambda: f"[{ids[2]}] received" in worker.text(), "the next has come")
+
+    worker.process.terminate()
+    signal.sigtimedwait([], 2)  # the event loop looks each second
+    site.touch("slow")
+    worker.process.wait(60)
+
+    assert set(begun(site)) & set(ids) == {ids[0]}
+    site.worker(concurrency=1)
+    site.until_handled(WARM + 3, topic="job")
+    until(lambda: waiting(valkey) + in_hand(valkey) == 0, "all are acked")
+    assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["the child is killed", "the worker is stopped"])
+def test_nothing_is_acked_before_it_is_recorded(
+    make_site: MakeSite, valkey: RedisServer, own_valkey: RedisServer, is_killed: bool
+) -> None:
+    site = make_site(JOB, MANY, WATCH_STORAGE_BACKEND=own_valkey.url, **SHORT)
+    worker = site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", 2)
+    until(lambda: begun(site)[ids[1]] == 1, "it runs")
+    held = in_hand(valkey)
+
+    own_valkey.signal(signal.SIGSTOP)
+    site.touch("slow")
+    until(lambda: [line["id"] for line in site.lines() if line["handler"] == "end"][-1] in ids[1:], "it is handled")
+    signal.sigtimedwait([], 2)
+    assert in_hand(valkey) == held
+    if is_killed:
+        os.kill(worker.children()[0], signal.SIGKILL)
+    else:  # what is handled goes on by copies that say so
+        worker.stop()
+    own_valkey.signal(signal.SIGCONT)
+
+    if not is_killed:
+        site.worker(concurrency=1)
+    site.until_handled(WARM + 3, 60, topic="job")
+    until(lambda: waiting(valkey) + in_hand(valkey) == 0, "all are acked", 60)
+    assert all(kinds(site, id)["handled"] == 1 for id in ids)
+    assert not site.dead()
+    if not is_killed:
+        assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
 
 
 @pytest.mark.parametrize(
@@ -287,6 +354,8 @@ def test_some_always_go_one_by_one(make_site: MakeSite, topics: str, config: str
 class Asked:
     """A request, as far as it matters here."""
 
+    is_over = is_unclaimed = False
+
     def __init__(self, type: str, size: int = 10, is_revoked: bool = False) -> None:
         self.type, self.id, self.body = type, f"{type}{id(self)}", b"x" * size
         self.request_dict: dict[str, object] = {}
@@ -297,6 +366,15 @@ class Asked:
 
     def revoked(self) -> bool:
         return self._is_revoked
+
+    def read(self) -> object:
+        return Message(0, self.type)
+
+    def put_back(self) -> None: ...
+
+    def given_back(self) -> None: ...
+
+    def lost(self, error: object, crashes: int) -> None: ...
 
     def on_accepted(self, *_: object) -> None: ...
 
@@ -322,6 +400,12 @@ class Pool:
     def end(self, job: int, seconds: float) -> None:
         self.callbacks[job]["accept_callback"](1, 0.0)
         self.callbacks[job]["callback"]([((0, "handled", seconds), None)] * len(self.jobs[job]))
+
+    def lose(self, job: int) -> None:
+        try:
+            raise WorkerLostError
+        except WorkerLostError:
+            self.callbacks[job]["error_callback"](ExceptionInfo())
 
 
 def groups_of(pool: Pool) -> Groups:
@@ -411,6 +495,64 @@ def test_what_the_pool_forgets_with_a_connection_leaves_room() -> None:
     add(groups, Asked("other"))
 
     assert pool.jobs == [["job"], ["other"]]
+
+
+class Single(TopicRequest):
+    """A delivery of a topic that somebody had before, or not."""
+
+    is_new = True  # type: ignore[assignment]
+
+    def __init__(self, topic: Topic[object], is_new: bool = True) -> None:
+        self._task = SimpleNamespace(topic=topic)
+        self.__dict__["is_new"] = is_new
+
+
+def test_only_what_may_be_claimed_ahead_is_grouped() -> None:
+    batched: Topic[object] = Topic("t")
+    batched.batch_handler(size=2)(lambda messages: None)
+
+    assert may_be_grouped(Single(Topic("t")))
+    assert not may_be_grouped(Single(Topic("t"), is_new=False))
+    assert not may_be_grouped(Single(Topic("t", transactional=True)))
+    assert not may_be_grouped(Single(Topic("t", once="none")))
+    assert not may_be_grouped(Single(batched))
+
+
+def test_a_stop_ends_a_group_behind_what_runs_and_lets_none_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = Celery("here", broker="memory://", set_as_current=False)
+    for module in (grouped, trace):
+        monkeypatch.setattr(module, "current_app", Proxy(lambda: app))
+    runtime = runtime_of(app)
+    storage = runtime.__dict__["storage"] = open_storage("memory://")
+    topic: Topic[object] = Topic("t")
+    topic.handler(name="h")(lambda message: runtime.shared.stop())
+    registry.add(topic, __name__)
+    register(app, topic)
+    headers = {"delivery_info": {}, "retries": 0}
+    members = [("watch.t", (id, headers, [[0], {}, {}], None, None)) for id in "abc"]
+
+    first, *rest = grouped.run_group(members, None)
+    alone = grouped.run_group(members[1:2], None)
+
+    assert first is not None
+    assert first[0][1] == "'handled'"
+    assert [*rest, *alone] == [ALONE] * 3
+    assert [record.index for record in storage.range("t")] == ["a"]
+
+
+def test_who_goes_alone_belongs_to_the_group_that_it_is_now() -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    first, second = Asked("job"), Asked("job")
+    groups._waiting.extend([first, second])  # type: ignore[list-item]
+    pool.end(0, 0.0001)
+
+    pool.callbacks[1]["callback"]([((0, "handled", 0.1), None), None])
+
+    assert pool.jobs == [["job"], ["job", "job"], ["job"]]
+    assert first.batch is None
+    assert second.batch in groups._groups, "or it would be ended without a word when somebody revokes it"
 
 
 def test_of_others_none_is_grouped() -> None:
