@@ -261,6 +261,27 @@ def test_a_connection_that_breaks_repeats_nothing_that_runs_and_loses_nothing(
     assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
 
 
+def test_what_a_child_gave_back_and_no_other_has_goes_back_with_a_connection(
+    make_site: MakeSite, own_valkey: RedisServer
+) -> None:
+    site = make_site(JOB, MANY, url=own_valkey.url, **SHORT)
+    worker = site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", "slow too", 2, 3)
+    site.until_handled(WARM + 1, topic="job")  # a second later: what the child did not begin, it gives back
+    site.touch("slow")
+    until(lambda: begun(site)[ids[2]] == 1, "it runs, and the others wait for it", report=site.report)
+
+    with own_valkey.client() as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+        client.client_kill_filter(_type="pubsub", skipme=True)
+    until(lambda: worker.text().count("Connected to") == 2, "it connects again", report=site.report)
+    site.touch("slow too")
+
+    site.until_handled(WARM + 5, topic="job")
+    until(lambda: waiting(own_valkey) + in_hand(own_valkey) == 0, "all are acked", 60)
+    assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+
+
 def test_a_revoked_one_takes_its_child_along_and_costs_its_neighbours_nothing(make_site: MakeSite) -> None:
     site = make_site(JOB, f"{MANY}watch_max_crashes = 1\n", **SHORT)
     site.worker(concurrency=1)
@@ -325,6 +346,24 @@ def test_nothing_is_acked_before_it_is_recorded(
     assert not site.dead()
     if not is_killed:
         assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
+
+
+def test_who_is_revoked_while_it_waits_behind_a_slow_one_takes_no_child_along(make_site: MakeSite) -> None:
+    site = make_site(JOB, f"{MANY}watch_max_crashes = 1\n", **SHORT)
+    site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", "slow too", 2)
+    site.until_handled(WARM + 1, topic="job")  # a second later: what the child did not begin, it gives back
+    site.touch("slow")
+    until(lambda: begun(site)[ids[2]] == 1, "it runs, and the last one waits for it", report=site.report)
+
+    site.bare.control.revoke(ids[3], terminate=True, signal="SIGKILL")
+    site.bare.control.ping(timeout=5, limit=1)  # they are told one after the other
+    site.touch("slow too")
+
+    site.until_dead(1)
+    site.until_handled(WARM + 3, topic="job")
+    assert [(letter.id, letter.reason) for letter in site.dead()] == [(ids[3], Reason.REVOKED)]
+    assert begun(site)[ids[2]] == 1
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,8 @@ class Groups:
 
     def _run_alone(self, request: TopicRequest) -> None:
         """Run by itself what the child that had it did not touch."""
-        if self._runtime.is_stopping():
-            request.drop()  # it goes back with the connection
-        else:
+        request.given_back()
+        if not self._runtime.is_stopping():  # else it goes back with the connection
             self._start([request])
 
     def _take(self) -> list[TopicRequest]:

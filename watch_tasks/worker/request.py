@@ -144,6 +144,14 @@ class TopicRequest(Request):
         self.hold()
         super().on_accepted(pid, time_accepted)
 
+    def given_back(self) -> None:
+        """Be as before it was accepted, by a process that did not begin it."""
+        self.drop()
+        # Whoever terminates it must not end that process, which may run something else by now.
+        self.time_start = self.worker_pid = None
+        # Celery keeps what is active when the connection is lost: nobody would run it, and it would stay in hand.
+        state.active_requests.discard(self)
+
     def acknowledge(self) -> None:
         points.reach("before_ack")
         self.drop()
