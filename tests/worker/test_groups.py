@@ -366,6 +366,24 @@ def test_who_is_revoked_while_it_waits_behind_a_slow_one_takes_no_child_along(ma
     assert begun(site)[ids[2]] == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_waits_goes_to_a_child_that_is_added(make_site: MakeSite, count: int) -> None:
+    site = make_site(JOB, MANY, **SHORT)
+    worker = site.worker(concurrency=1)
+    if count == 1:  # of which the only one is taken away first
+        site.bare.control.broadcast("pool_shrink", arguments={"n": 1}, reply=True)
+    else:
+        site.send("gate", "open")
+        until(lambda: site.calls()["gate"] == 1, "the child is taken", report=site.report)
+    ids = send(site, 1, 2, 3)
+    until(lambda: all(f"[{id}] received" in site.report() for id in ids), "all have come", report=site.report)
+
+    site.bare.control.broadcast("pool_grow", arguments={"n": 1}, reply=True)
+
+    site.until_handled(3, topic="job")
+    assert worker.is_running()
+
+
 @pytest.mark.parametrize(
     ("topics", "config"),
     [

@@ -48,6 +48,9 @@ _GARBAGE: Final = (KeyError, ValueError, TypeError, AttributeError, IndexError, 
 #: Seconds until burying is tried again while the storage is away; the message stays unacked.
 _AGAIN: Final = 2.0
 
+#: Seconds between two looks whether there are more children than before: nobody tells.
+_LOOK_AGAIN: Final = 1.0
+
 #: Schemes of RabbitMQ.
 _AMQP: Final = ("amqp", "amqps", "pyamqp")
 #: The content type of what kombu decodes as JSON.
@@ -103,6 +106,8 @@ class WatchConsumer(Consumer):
         self.runtime.shared.go_on()
         self.runtime.keeper.start()
         self.timer.call_repeatedly(heartbeat.EVERY, heartbeat.beat)
+        if self._groups:
+            self.timer.call_repeatedly(_LOOK_AGAIN, self._groups.look_again)
         super().start()
 
     def stop(self) -> None:

@@ -69,6 +69,10 @@ class Groups:
         """Have this loop give turns. Again after the loop was reset."""
         self._waker.register(loop)
 
+    def look_again(self) -> None:
+        """See whether there are more children by now."""
+        self._waker.wake()
+
     def let_go(self) -> None:
         """Forget what no child was given: it goes back with its connection."""
         self._waiting.clear()
@@ -86,7 +90,9 @@ class Groups:
     def _has_room(self) -> bool:
         """Whether a child is free; or will be in a moment, and shall not wait then."""
         missing = self._pool.num_processes - len(self._groups)
-        return missing > 0 or (missing == 0 and all(group.is_quick for group in self._groups))
+        # Somebody may have taken all children away.
+        is_soon = bool(self._groups) and all(group.is_quick for group in self._groups)
+        return missing > 0 or (missing == 0 and is_soon)
 
     def _start(self, requests: list[TopicRequest]) -> None:
         group = Group(requests, self._runtime, self._over, self._run_alone)
