@@ -542,6 +542,55 @@ def test_the_revoked_are_no_part_of_it() -> None:
     assert pool.jobs == [["job"]]
 
 
+def test_one_that_cannot_be_told_as_revoked_keeps_nobody_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    broken, behind = Asked("job"), Asked("job")
+    monkeypatch.setattr(broken, "revoked", lambda: 1 / 0)
+    add(groups, broken, behind)
+
+    pool.end(0, 0.0001)
+
+    assert pool.jobs == [["job"], ["job"]]
+
+
+def test_one_that_cannot_be_settled_is_put_back_and_the_others_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    broken, other = Asked("job"), Asked("job")
+    told: list[str] = []
+    monkeypatch.setattr(broken, "settled", lambda outcome, answer: 1 / 0)
+    monkeypatch.setattr(broken, "put_back", lambda: told.append("put back"))
+    monkeypatch.setattr(other, "settled", lambda outcome, answer: told.append("settled"))
+    groups._waiting.extend([broken, other])  # type: ignore[list-item]
+    pool.end(0, 0.0001)
+
+    pool.end(1, 0.0001)
+
+    assert told == ["put back", "settled"], "else it would stay in hand"
+    assert not groups._groups
+
+
+def test_a_crash_that_cannot_be_counted_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    pool.end(0, 0.0001)
+    add(groups, Asked("job"))
+    groups._waiting.extend([Asked("job"), Asked("job")])  # type: ignore[list-item]
+    pool.end(1, 0.0001)
+    (group,) = groups._groups
+    assert group._place
+    groups._runtime.shared.tell(group._place, 1)
+    monkeypatch.setattr(groups._runtime.clerk, "begin", lambda messages: 1 / 0)
+
+    pool.lose(2)
+
+    assert not groups._groups
+
+
 def test_what_the_pool_forgets_with_a_connection_leaves_room() -> None:
     pool = Pool(1)
     groups = groups_of(pool)

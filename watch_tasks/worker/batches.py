@@ -132,6 +132,7 @@ class Batch:
             call(request, argument)
         except Exception:
             logger.exception("message %s could not be settled, it is handed over again", request.id)
+            request.put_back()
 
     def _release(self, *, is_crash: bool) -> list[int]:
         """End the claims; return how often the handler of each took a worker down."""

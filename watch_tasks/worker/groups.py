@@ -83,9 +83,17 @@ class Groups:
 
     def _turn(self) -> None:
         while self._waiting and self._has_room():
-            requests = [request for request in self._take() if not request.revoked()]
+            requests = [request for request in self._take() if self._is_wanted(request)]
             if requests:
                 self._start(requests)
+
+    def _is_wanted(self, request: TopicRequest) -> bool:
+        try:
+            return not request.revoked()
+        except Exception:  # such as of a result backend that is away; the others must not stay behind for it
+            logger.exception("message %s is revoked, which could not be told", request.id)
+            request.put_back()
+            return False
 
     def _has_room(self) -> bool:
         """Whether a child is free; or will be in a moment, and shall not wait then."""
@@ -183,12 +191,20 @@ class Group(Batch):
     def _count_crash(self, request: TopicRequest) -> int:
         """Count the crash of a handler whose message was claimed ahead; return how often it took its worker down."""
         message = request.read()
-        begun = self._runtime.clerk.begin((message,)) if message else []
+        try:
+            begun = self._runtime.clerk.begin((message,)) if message else []
+        except Exception:  # its neighbours are to be settled all the same
+            logger.exception("could not count that message %s took its process down", request.id)
+            return 0
         return max(self._runtime.release([request.id], crashed=True)) if begun and isinstance(begun[0], Work) else 0
 
-    def _ended(self, _: Batch) -> None:
+    def forget(self) -> None:
+        super().forget()
         if self._place:
             self._runtime.shared.give_back(self._place)
+            self._place = None
+
+    def _ended(self, _: Batch) -> None:
         self._tell(self)
 
 
