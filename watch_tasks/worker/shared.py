@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import deque
 from typing import Final
 
 __all__ = ["Shared"]
@@ -18,7 +19,8 @@ class Shared:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, (_PLACES + 1) * _place.size)
-        self._free = list(range(_PLACES, 0, -1))
+        # The one given back last is taken last: a child whose pool forgot what it runs tells of it for a while.
+        self._free = deque(range(1, _PLACES + 1))
 
     def stop(self) -> None:
         """Ask all to stop."""
@@ -36,7 +38,7 @@ class Shared:
         """Return a place that nobody else has; None: there is none. For the main process."""
         if not self._free:
             return None
-        place = self._free.pop()
+        place = self._free.popleft()
         self.tell(place, -1)
         return place
 
