@@ -173,7 +173,7 @@ def test_a_stop_records_what_is_handled_and_gives_back_the_rest(
 
     worker.process.terminate()
     until(lambda: "Warm shutdown" in worker.text(), "it stops")
-    signal.sigtimedwait([], 0.5)  # children learn of it a moment later
+    signal.sigtimedwait([], 2)  # the event loop looks each second, and children learn of it then
     site.touch("open")
     worker.process.wait(30)
 
