@@ -282,17 +282,22 @@ def test_what_a_child_gave_back_and_no_other_has_goes_back_with_a_connection(
     assert begun(site) == {**begun(site), **dict.fromkeys(ids, 1)}
 
 
-def test_a_revoked_one_takes_its_child_along_and_costs_its_neighbours_nothing(make_site: MakeSite) -> None:
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("number", [1, 2], ids=["runs", "waits behind"])
+def test_a_revoked_one_takes_its_child_along_and_costs_its_neighbours_nothing(
+    make_site: MakeSite, number: int, by: str
+) -> None:
     site = make_site(JOB, f"{MANY}watch_max_crashes = 1\n", **SHORT)
     site.worker(concurrency=1)
     ids = gather(site, 1, "slow", 2)
     until(lambda: begun(site)[ids[1]] == 1, "it runs")
 
-    site.bare.control.revoke(ids[1], terminate=True, signal="SIGKILL")
+    site.bare.control.revoke(ids[number], terminate=True, signal=by)
 
     site.until_dead(1)
+    site.touch("slow")
     site.until_handled(WARM + 2, topic="job")
-    assert [(letter.id, letter.reason) for letter in site.dead()] == [(ids[1], Reason.REVOKED)]
+    assert [(letter.id, letter.reason) for letter in site.dead()] == [(ids[number], Reason.REVOKED)]
 
 
 def test_a_stop_waits_for_what_runs_and_not_for_what_the_child_has_next(
@@ -351,7 +356,7 @@ def test_nothing_is_acked_before_it_is_recorded(
 def test_who_is_revoked_while_it_waits_behind_a_slow_one_takes_no_child_along(make_site: MakeSite) -> None:
     site = make_site(JOB, f"{MANY}watch_max_crashes = 1\n", **SHORT)
     site.worker(concurrency=1)
-    ids = gather(site, 1, "slow", "slow too", 2)
+    ids = gather(site, 1, "slow", "slow too", "hang")
     site.until_handled(WARM + 1, topic="job")  # a second later: what the child did not begin, it gives back
     site.touch("slow")
     until(lambda: begun(site)[ids[2]] == 1, "it runs, and the last one waits for it", report=site.report)
@@ -614,6 +619,28 @@ def test_what_the_pool_forgets_with_a_connection_leaves_room() -> None:
     add(groups, Asked("other"))
 
     assert pool.jobs == [["job"], ["other"]]
+
+
+def test_the_crash_of_a_child_that_somebody_ended_counts_against_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Billiard tells this from a crash by itself, as long as nothing comes in between."""
+    pool = Pool(1)
+    groups = groups_of(pool)
+    add(groups, Asked("job"))
+    groups._waiting.extend([Asked("job"), Asked("job")])  # type: ignore[list-item]
+    pool.end(0, 0.0001)
+    (group,) = groups._groups
+    assert group._place
+    groups._runtime.shared.tell(group._place, 1)
+    counted: list[object] = []
+    monkeypatch.setattr(groups._runtime.clerk, "begin", lambda messages: counted.append(messages) or [None])
+    revoked = Single(Topic("t"))
+    revoked.id, revoked.batch = "a", group
+
+    revoked.terminate(pool)
+    pool.lose(1)
+
+    assert not counted
+    assert not groups._groups
 
 
 class Single(TopicRequest):
