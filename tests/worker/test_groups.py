@@ -25,6 +25,7 @@ from watch_tasks.storage import open_storage
 from watch_tasks.storage.protocol import Claim, Refusal, Refused
 from watch_tasks.topics import Topic
 from watch_tasks.worker import grouped
+from watch_tasks.worker.appetite import Appetite
 from watch_tasks.worker.grouped import ALONE
 from watch_tasks.worker.groups import Groups, may_be_grouped
 from watch_tasks.worker.request import TopicRequest
@@ -474,7 +475,7 @@ def groups_of(pool: Pool) -> Groups:
     app = Celery("here", broker="memory://", set_as_current=False)
     runtime = runtime_of(app)
     runtime.__dict__["storage"] = open_storage("memory://")
-    return Groups(runtime, pool)  # type: ignore[arg-type]
+    return Groups(runtime, pool, Appetite(lambda: None))  # type: ignore[arg-type]
 
 
 def add(groups: Groups, *requests: Asked) -> None:

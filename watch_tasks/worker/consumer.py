@@ -28,6 +28,7 @@ from ..queue.item import NO_ENVELOPE, TYPED
 from ..registry import registry
 from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
+from .appetite import Appetite
 from .collecting import Collector
 from .gathering import Gathering
 from .groups import Groups, may_be_grouped
@@ -96,7 +97,11 @@ class WatchConsumer(Consumer):
             self._gathering = (Gathering if isinstance(pool, SoloPool) else ThreadsGathering)(self.runtime, pool)
         self._groups: Groups | None = None
         if isinstance(pool, PreforkPool) and self.hub is not None and not pool.options.get("maxtasksperchild"):
-            self._groups = Groups(self.runtime, pool)
+            self._groups = Groups(self.runtime, pool, Appetite(self._flexible_qos))
+
+    def _flexible_qos(self) -> Any:
+        """Return the prefetch limit, where it may follow the pace: with our transport, which asks nobody for it."""
+        return None if self.app.conf.worker_disable_prefetch or not self._takes_acks else self.qos
 
     @property
     def max_prefetch_count(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -21,6 +22,7 @@ from ..outcome import Handled
 from ..topics import Topic
 from ..transport.waker import Waker
 from ..work import Work
+from .appetite import FADE, SPAN, Appetite
 from .batches import Batch, told
 from .grouped import ALONE, Answer, run_group
 from .request import TopicRequest
@@ -33,10 +35,8 @@ logger = logging.getLogger(__name__)
 #: Messages of a group at most, and bytes of their bodies.
 _MOST: Final = 100
 _MOST_BYTES: Final = 1024 * 1024
-#: Seconds that a group takes at most, as far as can be told: by then other children may have nothing to do.
-_SPAN: Final = 0.05
-#: What part of the seconds of a slow handler is expected of the next one.
-_FADE: Final = 0.98
+#: Seconds after which a child that is at a group still has met a slow message.
+_STUCK: Final = 1.0
 
 
 class Groups:
@@ -45,10 +45,11 @@ class Groups:
     Args:
         runtime: of the worker's main process.
         pool: has children.
+        appetite: how many it has in hand.
     """
 
-    def __init__(self, runtime: Runtime, pool: BasePool) -> None:
-        self._runtime, self._pool = runtime, pool
+    def __init__(self, runtime: Runtime, pool: BasePool, appetite: Appetite) -> None:
+        self._runtime, self._pool, self._appetite = runtime, pool, appetite
         self._waker = Waker(self._turn)
         self._waiting: deque[TopicRequest] = deque()
         #: Those that are not over.
@@ -70,11 +71,16 @@ class Groups:
         self._waker.register(loop)
 
     def look_again(self) -> None:
-        """See whether there are more children by now."""
+        """See whether there are more children by now, and who is stuck."""
+        for group in self._groups:
+            if group.age() > _STUCK:
+                self._appetite.told(group.age())
+        self._fit()
         self._waker.wake()
 
     def let_go(self) -> None:
         """Forget what no child was given: it goes back with its connection."""
+        self._appetite.let_go()
         self._waiting.clear()
         # The pool forgets what no child has taken as well.
         for group in [group for group in self._groups if not group.is_accepted]:
@@ -104,7 +110,7 @@ class Groups:
 
     def _start(self, requests: list[TopicRequest]) -> None:
         group = Group(requests, self._runtime, self._over, self._run_alone)
-        group.is_quick = sum(map(self._expected, requests)) <= _SPAN
+        group.is_quick = sum(map(self._expected, requests)) <= SPAN
         self._groups.add(group)
         group.execute_using_pool(self._pool)
 
@@ -126,7 +132,7 @@ class Groups:
         for request in islice(self._waiting, share):
             seconds += self._expected(request)
             size += len(request.body)
-            if taken and (seconds > _SPAN or size > _MOST_BYTES):
+            if taken and (seconds > SPAN or size > _MOST_BYTES):
                 break
             taken.append(request)
         for _ in taken:
@@ -136,8 +142,17 @@ class Groups:
     def _over(self, group: Group) -> None:
         self._groups.discard(group)
         for name, seconds in group.seconds:
-            self._slowest[name] = max(seconds, self._slowest.get(name, 0.0) * _FADE)
+            self._slowest[name] = max(seconds, self._slowest.get(name, 0.0) * FADE)
+            self._appetite.told(seconds)
+        self._fit()
         self._turn()
+
+    def _fit(self) -> None:
+        """Have so many in hand as suits the pace; what must not wait here any longer goes back to the broker."""
+        at_once = self._pool.num_processes
+        self._appetite.fit(at_once)
+        while len(self._waiting) > self._appetite.most_waiting(at_once):
+            self._waiting.pop().hand_over_again()
 
 
 class Group(Batch):
@@ -165,10 +180,19 @@ class Group(Batch):
         self.is_quick = False
         #: The task of each that ran, and how long that took.
         self.seconds: list[tuple[str, float]] = []
+        self._began = math.inf
         self._place = runtime.shared.take_place() if len(requests) > 1 else None
 
     def execute_using_pool(self, pool: Any, **_: Any) -> None:
         self._hand_over(pool, run_group, [(request.type, told(request)) for request in self.requests], self._place)
+
+    def age(self) -> float:
+        """Return the seconds for which a child has had it."""
+        return max(time.monotonic() - self._began, 0.0)
+
+    def _on_accepted(self, pid: int, time_accepted: float) -> None:
+        self._began = time.monotonic()
+        super()._on_accepted(pid, time_accepted)
 
     def _settle(self, request: TopicRequest, answer: Answer | None) -> None:
         if answer is ALONE:

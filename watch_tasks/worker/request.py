@@ -152,6 +152,11 @@ class TopicRequest(Request):
         # Celery keeps what is active when the connection is lost: nobody would run it, and it would stay in hand.
         state.active_requests.discard(self)
 
+    def hand_over_again(self) -> None:
+        """Let the broker give it to somebody else: nobody has begun it here."""
+        state.task_ready(self)
+        self.reject(requeue=True)
+
     def acknowledge(self) -> None:
         points.reach("before_ack")
         self.drop()
