@@ -45,7 +45,7 @@ MakeSite = Callable[..., Site]
 SHORT = {"WATCH_LEASE": "2", "WATCH_RENEW_EVERY": "0.5"}
 
 #: Messages that teach a worker that its handler is quick: its first ones are not, as they make its connections.
-WARM = 120
+WARM = 200
 
 #: `job` is quick but for what its data says; while `gate` has the child, messages wait.
 JOB = """
