@@ -26,8 +26,9 @@ from watch_tasks.storage.protocol import Claim, Refusal, Refused
 from watch_tasks.topics import Topic
 from watch_tasks.worker import grouped
 from watch_tasks.worker.appetite import Appetite
+from watch_tasks.worker.batches import Batch
 from watch_tasks.worker.grouped import ALONE
-from watch_tasks.worker.groups import Groups, may_be_grouped
+from watch_tasks.worker.groups import Groups
 from watch_tasks.worker.request import TopicRequest
 from watch_tasks.worker.runtime import runtime_of
 from watch_tasks.worker.shared import Shared
@@ -658,11 +659,12 @@ def test_only_what_may_be_claimed_ahead_is_grouped() -> None:
     batched: Topic[object] = Topic("t")
     batched.batch_handler(size=2)(lambda messages: None)
 
-    assert may_be_grouped(Single(Topic("t")))
-    assert not may_be_grouped(Single(Topic("t"), is_new=False))
-    assert not may_be_grouped(Single(Topic("t", transactional=True)))
-    assert not may_be_grouped(Single(Topic("t", once="none")))
-    assert not may_be_grouped(Single(batched))
+    takes = groups_of(Pool(1)).takes
+    assert takes(Single(Topic("t")))
+    assert not takes(Single(Topic("t"), is_new=False))
+    assert not takes(Single(Topic("t", transactional=True)))
+    assert not takes(Single(Topic("t", once="none")))
+    assert not takes(Single(batched))
 
 
 def test_a_stop_ends_a_group_behind_what_runs_and_lets_none_begin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,9 +705,9 @@ def test_who_goes_alone_belongs_to_the_group_that_it_is_now() -> None:
 
 
 def test_of_others_none_is_grouped() -> None:
-    topic: Topic[object] = Topic("t")
-    assert not may_be_grouped(object())
-    assert not may_be_grouped(topic)
+    takes = groups_of(Pool(1)).takes
+    assert not takes(object())
+    assert not takes(Batch("t", runtime_of(Celery("here", set_as_current=False)), print))
 
 
 def test_places_are_of_one_at_a_time_and_seen_by_children() -> None:

@@ -92,7 +92,7 @@ def gathering(pipeline: Pipeline) -> ThreadsGathering:
 def run(gathering: Any, *requests: Request) -> None:
     """Give it these, and the turns in which it claims them and finds threads for them."""
     for request in requests:
-        gathering.add(request, request.hand)
+        gathering.add(request)
     gathering._turn()
     if gathering._claiming:
         gathering._claiming.answer.result(10)

@@ -30,8 +30,8 @@ from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
 from .appetite import Appetite
 from .collecting import Collector
-from .gathering import Gathering
-from .groups import Groups, may_be_grouped
+from .gathering import Gatherer, Gathering
+from .groups import Groups
 from .hand import HAND, IDS, Hand
 from .request import TopicRequest
 from .runtime import runtime_of
@@ -92,12 +92,16 @@ class WatchConsumer(Consumer):
         self.collector = Collector(self, self.runtime, raises_limit=not self._collected)
         self._process: Callable[[Any], object] = self.__dict__["on_task_request"]
         self.on_task_request = self._begin
-        self._gathering: Gathering | None = None
-        if self._is_here and self.hub is not None:
-            self._gathering = (Gathering if isinstance(pool, SoloPool) else ThreadsGathering)(self.runtime, pool)
-        self._groups: Groups | None = None
-        if isinstance(pool, PreforkPool) and self.hub is not None and not pool.options.get("maxtasksperchild"):
-            self._groups = Groups(self.runtime, pool, Appetite(self._flexible_qos))
+        self._gathering = self._gather(pool) if self.hub is not None else None
+
+    def _gather(self, pool: Any) -> Gatherer | None:
+        if isinstance(pool, SoloPool):
+            return Gathering(self.runtime, pool)
+        if isinstance(pool, ThreadPool):
+            return ThreadsGathering(self.runtime, pool)
+        if isinstance(pool, PreforkPool) and not pool.options.get("maxtasksperchild"):
+            return Groups(self.runtime, pool, Appetite(self._flexible_qos))
+        return None
 
     def _flexible_qos(self) -> Any:
         """Return the prefetch limit, where it may follow the pace: with our transport, which asks nobody for it."""
@@ -111,8 +115,8 @@ class WatchConsumer(Consumer):
         self.runtime.shared.go_on()
         self.runtime.keeper.start()
         self.timer.call_repeatedly(heartbeat.EVERY, heartbeat.beat)
-        if self._groups:
-            self.timer.call_repeatedly(_LOOK_AGAIN, self._groups.look_again)
+        if self._gathering:
+            self.timer.call_repeatedly(_LOOK_AGAIN, self._gathering.look_again)
         super().start()
 
     def stop(self) -> None:
@@ -121,8 +125,6 @@ class WatchConsumer(Consumer):
         self.collector.let_go()
         if self._gathering:
             self._gathering.let_go()
-        if self._groups:
-            self._groups.let_go()
         super().stop()
 
     def shutdown(self) -> None:
@@ -144,16 +146,12 @@ class WatchConsumer(Consumer):
         super().register_with_event_loop(hub)
         if self._gathering:
             self._gathering.register_with_event_loop(hub)
-        if self._groups:
-            self._groups.register_with_event_loop(hub)
 
     def on_close(self) -> None:
         # The connection was lost: Celery forgets what was not started.
         self.collector.let_go()
         if self._gathering:
             self._gathering.let_go()
-        if self._groups:
-            self._groups.let_go()
         super().on_close()
 
     def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,19 +161,15 @@ class WatchConsumer(Consumer):
 
     def _begin(self, request: Any) -> None:
         """Have a task run that is due."""
-        hand = request.hand if isinstance(request, TopicRequest) else None
-        if hand and self._gathering and self._tells_again and not request.task.topic.batch:
-            self._gathering.add(request, hand)
-            return
-        if self._groups and self._tells_again and may_be_grouped(request):
-            self._groups.add(request)
-            return
         if self._gathering:
+            if self._tells_again and self._gathering.takes(request):
+                self._gathering.add(request)
+                return
             self._gathering.make_way()
-        if hand is None:
-            self._process(request)
-        else:
+        if isinstance(request, TopicRequest) and request.hand:
             request.start(self.pool, request.on_success)
+        else:
+            self._process(request)
 
     def connection_for_write(self, url: Any = None, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_write(url=url, heartbeat=heartbeat)

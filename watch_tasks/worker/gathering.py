@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
 
 from celery.concurrency.base import BasePool
 
@@ -26,7 +26,7 @@ from .request import TopicRequest
 from .runtime import Runtime
 from .settler import Settler
 
-__all__ = ["BEHIND", "Gathering"]
+__all__ = ["BEHIND", "Gatherer", "Gathering"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,31 @@ class _Claiming(NamedTuple):
             hand.begun = found
 
 
+class Gatherer(Protocol):
+    """Has messages that a worker has in hand claimed, and recorded, together."""
+
+    def takes(self, request: Any) -> bool:
+        """Whether a delivery that is due is for it."""
+
+    def add(self, request: TopicRequest) -> None:
+        """Take a delivery."""
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Have this loop give turns. Again after the loop was reset."""
+
+    def make_way(self) -> None:
+        """Let something else have the pool."""
+
+    def look_again(self) -> None:
+        """See what nobody tells of. Called once a second."""
+
+    def let_go(self) -> None:
+        """Let what was not started go back: at a stop, or because the connection was lost."""
+
+    def close(self) -> None:
+        """Finish what the pool has handled since it was let go of."""
+
+
 class Gathering:
     """Takes deliveries as they come, and handles them in that order. Nothing is acked before its commit is answered.
 
@@ -85,9 +110,15 @@ class Gathering:
     def _make_settler(self) -> Settler[tuple[TopicRequest, Any]]:
         return Settler(self._pipeline.settle, self._waker.wake)
 
-    def add(self, request: TopicRequest, hand: Hand) -> None:
+    def takes(self, request: Any) -> bool:
+        """Whether this is a single message, and not for a batch."""
+        return isinstance(request, TopicRequest) and request.hand is not None and not request.task.topic.batch
+
+    def add(self, request: TopicRequest) -> None:
         """Take a delivery."""
-        self._arrived.append((request, hand))
+        if request.hand is None:
+            raise ValueError(f"message {request.id} was not read by the consumer")
+        self._arrived.append((request, request.hand))
         self._waker.wake()
 
     def register_with_event_loop(self, loop: Any) -> None:
@@ -123,6 +154,9 @@ class Gathering:
         self._ready.clear()
         self._arrived.clear()
         self._give_back(left)
+
+    def look_again(self) -> None:
+        """See what nobody tells of: here nothing is."""
 
     def make_way(self) -> None:
         """Let something else have the pool: here it has it anyway, between two turns."""

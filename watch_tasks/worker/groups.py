@@ -57,6 +57,16 @@ class Groups:
         #: Task → seconds that its next message may take: the most of late.
         self._slowest: dict[str, float] = {}
 
+    def takes(self, request: Any) -> bool:
+        """Whether this is a message that may be claimed before its handler starts, and be in company then.
+
+        See docs/protocol.md §5.
+        """
+        topic: Topic[Any] | None = getattr(request.task, "topic", None) if isinstance(request, TopicRequest) else None
+        if topic is None:  # somebody else's task, a batch, or a packet
+            return False
+        return request.is_new and topic.batch is None and not topic.transactional and topic.once != "none"
+
     def add(self, request: TopicRequest) -> None:
         """Take a delivery that is due."""
         self._waiting.append(request)
@@ -69,6 +79,12 @@ class Groups:
     def register_with_event_loop(self, loop: Any) -> None:
         """Have this loop give turns. Again after the loop was reset."""
         self._waker.register(loop)
+
+    def make_way(self) -> None:
+        """Let something else have the pool: it waits for a child beside our groups."""
+
+    def close(self) -> None:
+        """Finish what the pool has handled since it was let go of: that is told by the pool itself, before it ends."""
 
     def look_again(self) -> None:
         """See whether there are more children by now, and who is stuck."""
@@ -230,14 +246,3 @@ class Group(Batch):
 
     def _ended(self, _: Batch) -> None:
         self._tell(self)
-
-
-def may_be_grouped(request: Any) -> bool:
-    """Whether this is a message that may be claimed before its handler starts, and be in company then.
-
-    See docs/protocol.md §5.
-    """
-    topic: Topic[Any] | None = getattr(request.task, "topic", None) if isinstance(request, TopicRequest) else None
-    if topic is None:  # somebody else's task, a batch, or a packet
-        return False
-    return request.is_new and topic.batch is None and not topic.transactional and topic.once != "none"
