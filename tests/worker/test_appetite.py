@@ -20,16 +20,43 @@ def qos_of(initial: int, most: int | None = None) -> QoS:
     return QoS(lambda prefetch_count: None, initial, max_prefetch=most)
 
 
+def told(appetite: Appetite, seconds: float, size: int = 0) -> None:
+    """Tell it of so many like this that it may have any number of them."""
+    for _ in range(200):
+        appetite.told(seconds, size)
+
+
 @pytest.mark.parametrize(
     ("seconds", "wanted"), [(0.0001, 200), (0.001, 100), (0.005, 20), (0.0099, 10), (0.01, 0), (60.0, 0)]
 )
 def test_the_limit_follows_the_pace(seconds: float, wanted: int) -> None:
     qos = qos_of(2)
     appetite = Appetite(lambda: qos)
-    appetite.told(seconds)
+    told(appetite, seconds)
 
     appetite.fit(2)
     assert qos.value == 2 + wanted
+
+
+def test_each_message_is_worth_one_more() -> None:
+    qos = qos_of(1)
+    appetite = Appetite(lambda: qos)
+    appetite.told(0.001)
+    for _ in range(3):
+        appetite.fit(1)
+    assert qos.value == 2
+    appetite.told(0.001)
+    appetite.told(0.001)
+    appetite.fit(1)
+    assert qos.value == 4
+
+
+def test_large_ones_are_few() -> None:
+    qos = qos_of(1)
+    appetite = Appetite(lambda: qos)
+    told(appetite, 0.001, size=1_000_000)
+    appetite.fit(1)
+    assert qos.value == 1 + 8
 
 
 def test_nothing_is_raised_before_a_pace_is_known() -> None:
@@ -44,7 +71,7 @@ def test_nothing_is_raised_before_a_pace_is_known() -> None:
 def test_a_slow_one_takes_it_back_and_is_forgotten_in_time(set_to: int, left: int) -> None:
     qos = qos_of(set_to)
     appetite = Appetite(lambda: qos)
-    appetite.told(0.001)
+    told(appetite, 0.001)
     appetite.fit(2)
 
     assert appetite.most_waiting(2) == math.inf
@@ -57,18 +84,18 @@ def test_a_slow_one_takes_it_back_and_is_forgotten_in_time(set_to: int, left: in
     assert qos.value == set_to
     assert appetite.most_waiting(2) == left
 
-    told = 0
+    count = 0
     while qos.value == set_to:
         appetite.told(0.001)
         appetite.fit(2)
-        told += 1
-    assert 200 < told < 400
+        count += 1
+    assert 200 < count < 400
 
 
 def test_little_changes_change_nothing() -> None:
     qos = qos_of(1)
     appetite = Appetite(lambda: qos)
-    appetite.told(0.001)
+    told(appetite, 0.001)
     appetite.fit(1)
     seen = Counter[int]()
     for seconds in (0.0011, 0.0012, 0.001, 0.0015):
@@ -82,7 +109,7 @@ def test_limits_of_others_are_kept() -> None:
     unlimited, limited = qos_of(0), qos_of(2, most=10)
     for qos, value in ((unlimited, 0), (limited, 10)):  # as Celery's `worker_eta_task_limit` makes
         appetite = Appetite(lambda qos=qos: qos)  # type: ignore[misc]
-        appetite.told(0.0001)
+        told(appetite, 0.0001)
         appetite.fit(2)
         assert qos.value == value
         appetite.told(10.0)
@@ -103,10 +130,11 @@ def test_a_new_connection_begins_anew() -> None:
     first, second = qos_of(2), qos_of(2)
     now = first
     appetite = Appetite(lambda: now)
-    appetite.told(0.001)
+    told(appetite, 0.001)
     appetite.fit(2)
     appetite.let_go()
     now = second
+    told(appetite, 0.001)
 
     appetite.fit(2)
 

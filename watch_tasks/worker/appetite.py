@@ -21,8 +21,9 @@ FADE: Final = 0.98
 _QUICK: Final = 0.01
 #: Seconds from which on one is so slow that nobody shall wait behind it.
 _SLOW: Final = 1.0
-#: Messages for each process at most.
+#: Messages for each process at most, and bytes of all.
 _MOST: Final = 100
+_MOST_BYTES: Final = 8 * 1024 * 1024
 
 
 class Appetite:
@@ -34,13 +35,16 @@ class Appetite:
 
     def __init__(self, qos: Callable[[], Any]) -> None:
         self._qos = qos
-        #: Seconds that the next message may take: the most of late.
-        self._pace = math.inf
-        self._raised = 0
+        #: Seconds that the next message may take, and bytes: the most of late.
+        self._pace, self._size = math.inf, 0.0
+        #: By how much it is raised; and messages since then, each of which is worth one more.
+        self._raised = self._earned = 0
 
-    def told(self, seconds: float) -> None:
-        """Take note of how long a message took, or has taken so far."""
+    def told(self, seconds: float, size: int = 0) -> None:
+        """Take note of how long a message took, or has taken so far, and of its bytes."""
         self._pace = seconds if self._pace == math.inf else max(seconds, self._pace * FADE)
+        self._size = max(size, self._size * FADE)
+        self._earned += 1
 
     def fit(self, at_once: int) -> None:
         """Raise the limit to what suits the pace, or lower it.
@@ -52,14 +56,17 @@ class Appetite:
         if qos is None or not qos.value:  # 0 is no limit
             return
         wanted = min(int(SPAN / self._pace), _MOST) * at_once if self._pace < _QUICK else 0
+        # Not all at once: what comes next may be larger than what came before.
+        wanted = min(wanted, int(_MOST_BYTES / max(self._size, 1)), self._raised + self._earned)
         if wanted > self._raised:
             before = qos.value
             # A limit of Celery's may keep it lower.
             self._raised += qos.increment_eventually(wanted - self._raised) - before
+            self._earned = 0
         elif wanted < self._raised / 2:  # not for each little change
             qos.decrement_eventually(self._raised - wanted)
             qos.update()  # at once: what goes back now must not be fetched again
-            self._raised = wanted
+            self._raised, self._earned = wanted, 0
 
     def most_waiting(self, at_once: int) -> float:
         """Return how many may wait beside those that run: behind a slow one, no more than was set; else any number."""
@@ -69,4 +76,4 @@ class Appetite:
 
     def let_go(self) -> None:
         """Begin anew: the connection was lost, and the limit of the next one is what was set."""
-        self._raised = 0
+        self._raised = self._earned = 0

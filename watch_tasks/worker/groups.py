@@ -157,9 +157,9 @@ class Groups:
 
     def _over(self, group: Group) -> None:
         self._groups.discard(group)
-        for name, seconds in group.seconds:
+        for name, seconds, size in group.ran:
             self._slowest[name] = max(seconds, self._slowest.get(name, 0.0) * FADE)
-            self._appetite.told(seconds)
+            self._appetite.told(seconds, size)
         self._fit()
         self._turn()
 
@@ -194,8 +194,8 @@ class Group(Batch):
         self._run_alone = run_alone
         #: Whether it will soon be over, as far as can be told.
         self.is_quick = False
-        #: The task of each that ran, and how long that took.
-        self.seconds: list[tuple[str, float]] = []
+        #: The task of each that ran, how long that took, and bytes of its body.
+        self.ran: list[tuple[str, float, int]] = []
         self._began = math.inf
         self._place = runtime.shared.take_place() if len(requests) > 1 else None
 
@@ -216,7 +216,7 @@ class Group(Batch):
             return
         told, outcome = answer
         if told is not None and told[2] is not None:  # of a retry no time is told
-            self.seconds.append((request.type, told[2]))
+            self.ran.append((request.type, told[2], len(request.body)))
         request.settled(Handled(0.0) if outcome is None else outcome, told)
 
     def _release(self, *, is_crash: bool) -> list[int]:
