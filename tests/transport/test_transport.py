@@ -203,13 +203,14 @@ class TestMessages:
         assert queue.purge() == 2
         assert queue.get() is None
 
-    def test_a_prefix_of_keys_is_kept_to(self, connect: Any, server: RedisServer) -> None:
-        connection = connect(global_keyprefix="mine:")
+    def test_a_prefix_of_keys_is_kept_to(self, connect: Any, own_valkey: RedisServer) -> None:
+        """On a server of its own: what other tests have left in hand has keys too."""
+        connection = connect(url=own_valkey.url, global_keyprefix="mine:")
         send(connection, 1)
         send(connection, 2, headers={"eta": (datetime.now(UTC) + timedelta(seconds=0.3)).isoformat()})
         reader = Reader(connection)
         assert sorted(message.payload for message in reader.take(2)) == [1, 2]
-        with server.client() as client:
+        with own_valkey.client() as client:
             assert all(key.startswith(b"mine:") for key in client.scan_iter())
 
     def test_a_batch_is_published_whole(self, connect: Any) -> None:
