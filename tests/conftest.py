@@ -104,6 +104,14 @@ def own_valkey(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
+@pytest.fixture
+def lasting_valkey(tmp_path: Path) -> Iterator[RedisServer]:
+    """As `own_valkey`, to kill as well: it keeps all that it answered for."""
+    server = RedisServer.lasting(tmp_path / "lasting").start()
+    yield server
+    server.stop()
+
+
 #: Each test has a name for its database.
 _databases = count()
 

@@ -28,6 +28,15 @@ class RedisServer:
         self.config = {"appendonly": "yes", "save": "", "maxmemory-policy": "noeviction", **config}
         self.process: subprocess.Popen[bytes] | None = None
 
+    @classmethod
+    def lasting(cls, folder: Path) -> RedisServer:
+        """Make one that keeps, when it is killed, all that it answered for.
+
+        By default a server writes at once and makes it durable every second; yet while the disk is busy with that, it
+        answers for writes that only its own memory has, for up to two seconds.
+        """
+        return cls(folder, appendfsync="always")
+
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"

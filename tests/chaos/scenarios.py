@@ -52,7 +52,7 @@ class World:
 
 @contextmanager
 def world(folder: Path, kind: MakePlace = Place) -> Iterator[World]:
-    server = RedisServer(folder / "valkey").start()
+    server = RedisServer.lasting(folder / "valkey").start()
     place = kind(folder / "site", server.url)
     producer = Producer(place, folder / "sent.jsonl")
     try:

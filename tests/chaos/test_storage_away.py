@@ -52,7 +52,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleeting
     made: FleetingStorage
     match request.param:
         case "valkey":
-            made = FleetingServer(RedisServer(tmp_path / "storage").start(), ("killed", "frozen"))
+            made = FleetingServer(RedisServer.lasting(tmp_path / "storage").start(), ("killed", "frozen"))
         case "postgresql":
             server: PostgresServer = request.getfixturevalue("own_postgres")
             made = FleetingServer(server, ("stopped", "killed", "frozen"))

@@ -348,11 +348,11 @@ class TestTrouble:
             assert caught.value.message is message
             own_valkey.signal(signal.SIGCONT)
 
-    def test_a_restart_of_the_server_is_survived(self, own_valkey: RedisServer) -> None:
-        with RedisQueue(own_valkey.url) as queue:
+    def test_a_restart_of_the_server_is_survived(self, lasting_valkey: RedisServer) -> None:
+        with RedisQueue(lasting_valkey.url) as queue:
             queue.push(Message("before", "alarm"))
-            own_valkey.stop(signal.SIGKILL)
-            own_valkey.start()
+            lasting_valkey.stop(signal.SIGKILL)
+            lasting_valkey.start()
             queue.push(Message("after", "alarm"))
             assert [take(queue).data for _ in range(2)] == ["before", "after"]  # type: ignore[union-attr]
 

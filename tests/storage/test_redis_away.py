@@ -24,18 +24,15 @@ pytestmark = pytest.mark.integration
 # -- servers that are away
 
 
-def test_everything_survives_a_killed_server(own_valkey: RedisServer) -> None:
-    own_valkey.stop()
-    own_valkey.config["appendfsync"] = "always"
-    own_valkey.start()
-    with open_storage(own_valkey.url) as storage:
+def test_everything_survives_a_killed_server(lasting_valkey: RedisServer) -> None:
+    with open_storage(lasting_valkey.url) as storage:
         done = handle(storage, "done", index="done")
         running = ask("running", index="running")
         held = grant(storage, running)
         storage.commit(unclaimed(Step.DEAD, "dead"))
 
-        own_valkey.stop(SIGKILL)
-        own_valkey.start()
+        lasting_valkey.stop(SIGKILL)
+        lasting_valkey.start()
 
         assert storage.get(TOPIC, "done")
         assert storage.dead_get("dead")

@@ -72,17 +72,17 @@ def test_a_stall_of_the_server_for_three_leases_starts_nothing_twice(
 
 
 def test_a_server_that_is_killed_and_comes_back_goes_on_with_everything(
-    make_site: MakeSite, own_valkey: RedisServer
+    make_site: MakeSite, lasting_valkey: RedisServer
 ) -> None:
-    site = make_site(QUICK, url=own_valkey.url)
+    site = make_site(QUICK, url=lasting_valkey.url)
     site.worker(concurrency=2)
     sent = []
     for round_number in range(3):
         for number in range(40):
             sent.append(site.send("quick", number, index=f"{round_number}-{number}"))
-        own_valkey.stop(signal.SIGKILL)
+        lasting_valkey.stop(signal.SIGKILL)
         pass_time(0.5)
-        own_valkey.start()
+        lasting_valkey.start()
 
     until(lambda: site.handled() == len(sent), "all are handled", 90, site.report)
     assert {line["id"] for line in site.lines()} == set(sent)

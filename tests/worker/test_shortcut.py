@@ -577,20 +577,20 @@ class TestTrouble:
         assert time.monotonic() - began < 5
 
     def test_a_server_that_goes_away_is_a_failed_send_until_it_is_back(
-        self, make_app: MakeApp, own_valkey: RedisServer, ways: Ways
+        self, make_app: MakeApp, lasting_valkey: RedisServer, ways: Ways
     ) -> None:
-        app, alarm = make_app(broker=own_valkey.url), topic("alarm")
+        app, alarm = make_app(broker=lasting_valkey.url), topic("alarm")
         connect(app)
         alarm.send("before")
-        own_valkey.stop(signal.SIGKILL)
+        lasting_valkey.stop(signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(SendFailedError, match="refused"):
             alarm.send("meanwhile")
         assert time.monotonic() - began < 5
-        own_valkey.start()
+        lasting_valkey.start()
         alarm.send("after")
         alarm.send("and later")
-        assert data(own_valkey) == ["before", "after", "and later"]
+        assert data(lasting_valkey) == ["before", "after", "and later"]
         assert (ways[0], ways[1], ways[-1]) == (True, False, True)
 
     def test_a_connection_that_was_closed_is_opened_anew(
