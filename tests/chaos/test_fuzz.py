@@ -253,7 +253,7 @@ def bombs(site: Site, server: RedisServer, rounds: int) -> list[str]:
     ]
 
 
-@pytest.mark.chaos  # 26 MiB each time alone; 36 once in a whole run beside other load, and nobody knows yet why
+@pytest.mark.chaos
 def test_bombs_cost_no_memory(fuzzed: Site, valkey: RedisServer) -> None:
     items = bombs(fuzzed, valkey, 10)
     worker = fuzzed.worker(concurrency=1)

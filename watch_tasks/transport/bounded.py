@@ -27,8 +27,8 @@ _most: int | None = None
 def bound_decoders(most: int, *, firmly: bool = True) -> None:
     """Have kombu inflate no body beyond this many bytes, in this process and from now on.
 
-    A body that takes more, or is compressed in a way that has no bound here, stays as it came; to read the message
-    then raises a TooLargeError or a ValueError.
+    A body that takes more, or is compressed in a way that has no bound here, stays as it came; kombu keeps a
+    TooLargeError or a ValueError in the message's `errors`, and its consumers and queues raise it.
 
     Args:
         most: bytes.
@@ -45,8 +45,11 @@ def bound_decoders(most: int, *, firmly: bool = True) -> None:
 def _bounded(kind: str, most: int) -> Callable[[bytes], bytes]:
     def decode(body: bytes) -> bytes:
         raw = inflate(kind, body, most)
-        if len(raw) > most:
-            raise TooLargeError(None, len(raw), most)
+        size = len(raw)
+        if size > most:
+            # kombu keeps the error with the message, and an error keeps the variables of where it was raised.
+            del raw
+            raise TooLargeError(None, size, most)
         return raw
 
     return decode
