@@ -7,7 +7,6 @@ claimed before their handlers start. So a crash counts against none of them; aft
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +15,20 @@ from typing import Any, Final
 import msgspec
 
 from . import points
-from .errors import MessageError, StorageUnavailableError
-from .handlers import watchdog
+from .errors import MessageError
 from .message import Message
 from .outcome import Busy, Outcome, Reason
 from .packets import Member, Packet, read_member
 from .pipeline import Pipeline
 from .queue import bulk
 from .storage.protocol import Step
+from .together import Together
 from .work import Settlement, Work
 
 __all__ = ["Members", "Taken"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that what is handled waits at most to be recorded together with others.
-_TOGETHER: Final = 1.0
 #: Seconds after which a packet's members that are not begun are left to others: by then there may be workers with
 #: nothing to do.
 _ENOUGH: Final = 2.0
@@ -131,10 +128,7 @@ class _Round:
         #: When it is enough; None: nothing has begun yet.
         self.until = until
         self._outcomes: dict[int, Outcome] = {}
-        #: Those that are handled and not recorded yet.
-        self._ended: deque[tuple[int, Settlement]] = deque()
-        #: Who records.
-        self._lock = threading.Lock()
+        self._together: Together[int, Outcome] = Together(pipeline, pipeline.settle)
 
     def handle(self, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Taken]:
         begun = _begin(self._pipeline, pairs)
@@ -149,8 +143,10 @@ class _Round:
             raise  # as of a process that is gone, nothing comes after it
         except BaseException:
             # This process is being ended: what is done is kept, what is not begun goes back.
-            self._give_back(works)
+            # The first of these is the one in hand: whoever interrupted it has said what becomes of it.
+            self._together.give_back([work for _, work in works][1:])
             raise
+        self._outcomes.update(self._together.answers)
         return [
             Taken(member, message, outcome if isinstance(outcome, Outcome) else self._outcomes[number], number in left)
             for number, ((member, message), outcome) in enumerate(zip(pairs, begun, strict=True))
@@ -162,24 +158,21 @@ class _Round:
             self._run_batches(works, left, batch.size)
             return
         while works:
-            # In a thread of its own, should a handler take longer than that.
-            with watchdog.report(_TOGETHER, self._settle_early):
-                now = began = time.monotonic()
-                while works and now < began + _TOGETHER:
+            with self._together.for_a_while() as is_time:
+                while works and is_time():
                     number, work = works[0]
-                    is_enough = self._enough(now)
+                    is_enough = self._enough()
                     if is_enough:
                         left.add(number)
                     # One with crashes: its next try must count, and hurt nobody else.
                     is_run = not is_enough and not work.crashes
                     ended = self._pipeline.run(work) if is_run else Settlement(work.commit(Step.RELEASED), Busy(0.0))
                     works.popleft()
-                    self._ended.append((number, ended))
-                    now = time.monotonic()
-            self._settle()
+                    self._together.put(number, ended)
+            self._together.settle()
 
-    def _enough(self, now: float) -> bool:
-        return self._stopping() or (self.until is not None and now > self.until)
+    def _enough(self) -> bool:
+        return self._stopping() or (self.until is not None and time.monotonic() > self.until)
 
     def _run_batches(self, works: deque[tuple[int, Work]], left: set[int], size: int) -> None:
         # As above: their next try must count, and hurt nobody else.
@@ -189,13 +182,13 @@ class _Round:
         works.extend(whole)
         self._release(suspects)
         while works:
-            if self._enough(time.monotonic()):
+            if self._enough():
                 left.update(number for number, _ in works)
                 self._release(list(works))
                 works.clear()
                 return
             part = [works.popleft() for _ in range(min(size, len(works)))]
-            works.appendleft(part[0])  # for `_give_back`, which leaves out the first: whoever interrupts it settles all
+            works.appendleft(part[0])  # for `give_back`, which leaves out the first: whoever interrupts it settles all
             outcomes = self._pipeline.run_batch([work for _, work in part])
             works.popleft()
             self._outcomes.update(zip((number for number, _ in part), outcomes, strict=True))
@@ -204,30 +197,6 @@ class _Round:
         if works:
             outcomes = self._pipeline.settle([Settlement(work.commit(Step.RELEASED), Busy(0.0)) for _, work in works])
             self._outcomes.update(zip((number for number, _ in works), outcomes, strict=True))
-
-    def _settle_early(self) -> None:
-        try:
-            self._settle()
-        except Exception:
-            logger.exception("could not record what was handled; it is tried again with what follows")
-
-    def _settle(self) -> None:
-        with self._lock:
-            # More may end meanwhile.
-            ended = list(self._ended)
-            outcomes = self._pipeline.settle([settlement for _, settlement in ended])
-            self._outcomes.update(zip((number for number, _ in ended), outcomes, strict=True))
-            for _ in ended:
-                self._ended.popleft()
-
-    def _give_back(self, works: deque[tuple[int, Work]]) -> None:
-        commits = [settlement.commit for _, settlement in list(self._ended) if not settlement.is_stored]
-        # The first of these is the one in hand: whoever interrupted it has said what becomes of it.
-        commits += [work.commit(Step.RELEASED) for _, work in list(works)[1:] if work.token is not None]
-        try:
-            self._pipeline.storage.commit_many(commits)
-        except StorageUnavailableError:
-            pass  # their leases end by themselves
 
 
 def _begin(pipeline: Pipeline, pairs: Sequence[tuple[Member, Message[Any]]]) -> list[Work | Outcome]:

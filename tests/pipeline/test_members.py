@@ -24,6 +24,7 @@ from watch_tasks import (
     RetryPolicy,
     Snooze,
     Snoozed,
+    together,
 )
 from watch_tasks import members as module
 from watch_tasks.members import Members, Taken
@@ -478,7 +479,7 @@ class TestBuried:
 
 
 def test_the_seconds_of_a_group_and_of_a_packet_are_as_documented() -> None:
-    assert (module._TOGETHER, module._ENOUGH) == (1.0, 2.0)
+    assert (together._TOGETHER, module._ENOUGH) == (1.0, 2.0)
 
 
 def test_a_member_is_the_message_again() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from celery import Celery, current_app
@@ -14,13 +12,13 @@ from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.exceptions import Reject
 from kombu.serialization import loads, prepare_accept_content
 
-from ..errors import MessageError, StorageUnavailableError
-from ..handlers import watchdog
+from ..errors import MessageError
 from ..message import Message
 from ..outcome import Busy, Handled, Outcome
 from ..pipeline import Pipeline
 from ..queue import wire
 from ..storage.protocol import Step
+from ..together import Together, settle_each
 from ..work import Settlement, Work, error_text
 from .hand import HAND, Hand
 from .runtime import Runtime, runtime_of
@@ -37,9 +35,6 @@ Told = tuple[str, dict[str, Any], Any, str | None, str | None]
 Answer = tuple[Any, Outcome | Exception | None]
 #: The same of a message that it did not touch, and that is to run by itself.
 ALONE: Final = None
-
-#: Seconds that what is handled waits at most to be recorded together with others.
-_TOGETHER: Final = 1.0
 
 
 def run_group(members: Sequence[tuple[str, Told]], place: int | None) -> list[Answer | None]:
@@ -83,30 +78,28 @@ class _Run:
         self._runtime, self._pipeline, self._place = runtime, pipeline, place
         self._app, self._trace = app, tracer_of(app)
         self._answers: dict[int, Answer] = {}
-        #: Those that are handled and not recorded yet.
-        self._ended: deque[tuple[int, Any, Settlement]] = deque()
-        #: Who records.
-        self._lock = threading.Lock()
+        #: By its number, and what tracing its task told.
+        self._together: Together[tuple[int, Any], Outcome | Exception] = Together(pipeline, self._outcomes)
 
     def run(self, members: Sequence[tuple[str, Told]]) -> list[Answer | None]:
         left = self._claim(members)
-        until = time.monotonic() + _TOGETHER
         try:
-            # In a thread of its own, should a handler take longer than that.
-            with watchdog.report(_TOGETHER, self._settle_early):
-                while left and time.monotonic() < until and not self._runtime.is_stopping():
+            with self._together.for_a_while() as is_time:
+                while left and is_time() and not self._runtime.is_stopping():
                     number, hand, body = left[0]
                     name, (id, headers, *_) = members[number]
                     self._tell(number)
                     self._run_one(number, hand, (name, id, {**headers, HAND: hand}, body, None, None))
                     left.popleft()
             self._tell(-1)
-            self._settle()
-            self._release([hand for _, hand, _ in left])
+            self._together.settle()
+            self._release(_claimed(left))
         except BaseException:
             # This process is being ended: what is done is kept, what is not begun goes back.
-            self._give_back([hand for _, hand, _ in left][1:])
+            self._together.give_back(_claimed(list(left)[1:]))
             raise
+        for (number, answer), outcome in self._together.answers:
+            self._answers[number] = (answer, None if isinstance(outcome, Handled) else outcome)
         return [self._answers.get(number, ALONE) for number in range(len(members))]
 
     def _claim(self, members: Sequence[tuple[str, Told]]) -> deque[tuple[int, Hand, Any]]:
@@ -139,7 +132,7 @@ class _Run:
         finally:
             settlement, hand.settlement = hand.settlement, None
             if settlement:  # also where something came up after its handlers: they have returned all the same
-                self._ended.append((number, answer, settlement))
+                self._together.put((number, answer), settlement)
         if settlement is None:
             self._answers[number] = (answer, None)
 
@@ -147,42 +140,21 @@ class _Run:
         if self._place is not None:
             self._runtime.shared.tell(self._place, number)
 
-    def _settle_early(self) -> None:
-        try:
-            self._settle()
-        except Exception:
-            logger.exception("could not record what was handled; it is tried again with what follows")
+    def _outcomes(self, settlements: Sequence[Settlement]) -> list[Outcome | Exception]:
+        return [_told(outcome) for outcome in settle_each(self._pipeline.settle, settlements)]
 
-    def _settle(self) -> None:
-        with self._lock:
-            # More may end meanwhile.
-            ended = list(self._ended)
-            outcomes = self._outcomes([settlement for _, _, settlement in ended])
-            for (number, answer, _), outcome in zip(ended, outcomes, strict=True):
-                self._answers[number] = (answer, None if isinstance(outcome, Handled) else outcome)
-            for _ in ended:
-                self._ended.popleft()
-
-    def _outcomes(self, settlements: Sequence[Settlement]) -> Sequence[Outcome | Exception]:
-        try:
-            return self._pipeline.settle(settlements)
-        except Exception as exc:
-            if len(settlements) == 1:
-                logger.exception("could not record a message; it is handed over again")
-                return [Reject(error_text(exc), requeue=True)]
-            # One of them may be what the storage stumbles over.
-            return [outcome for settlement in settlements for outcome in self._outcomes([settlement])]
-
-    def _release(self, hands: Sequence[Hand]) -> None:
-        self._pipeline.settle([Settlement(commit, Busy(0.0)) for commit in _released(hands)])
-
-    def _give_back(self, hands: Sequence[Hand]) -> None:
-        commits = [settlement.commit for _, _, settlement in list(self._ended) if not settlement.is_stored]
-        try:
-            self._pipeline.storage.commit_many([*commits, *_released(hands)])
-        except StorageUnavailableError:
-            pass  # their leases end by themselves
+    def _release(self, works: Sequence[Work]) -> None:
+        self._pipeline.settle([Settlement(work.commit(Step.RELEASED), Busy(0.0)) for work in works])
 
 
-def _released(hands: Sequence[Hand]) -> list[Any]:
-    return [hand.begun.commit(Step.RELEASED) for hand in hands if isinstance(hand.begun, Work)]
+def _told(outcome: Outcome | Exception) -> Outcome | Exception:
+    """Return what the main process is told: an error in a form that can be pickled."""
+    if not isinstance(outcome, Exception):
+        return outcome
+    logger.error("could not record a message; it is handed over again", exc_info=outcome)
+    again: Exception = Reject(error_text(outcome), requeue=True)
+    return again
+
+
+def _claimed(left: Iterable[tuple[int, Hand, Any]]) -> list[Work]:
+    return [hand.begun for _, hand, _ in left if isinstance(hand.begun, Work)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from ..outcome import Outcome
+from ..together import settle_each
 from ..work import Settlement
 
 __all__ = ["Settler"]
@@ -111,18 +112,9 @@ class Settler(Generic[T]):
                     self._changed.wait(left)
                 part = self._under_way = self._open
                 self._open, self._is_urged = [], False
-            answers = self._answers([settlement for _, settlement, _ in part])
+            answers = settle_each(self._settle, [settlement for _, settlement, _ in part])
             with self._changed:
                 self._answered += [(ticket, answer) for (ticket, _, _), answer in zip(part, answers, strict=True)]
                 self._under_way = []
                 self._changed.notify_all()
             self._tell()
-
-    def _answers(self, settlements: Sequence[Settlement]) -> Sequence[Outcome | Exception]:
-        try:
-            return self._settle(settlements)
-        except Exception as exc:  # noqa: BLE001 - whoever takes it decides; the thread must go on
-            if len(settlements) == 1:
-                return [exc]
-            # One of them may be what the storage stumbles over.
-            return [answer for settlement in settlements for answer in self._answers([settlement])]
