@@ -220,6 +220,25 @@ def test_a_child_that_somebody_else_kills_costs_what_it_ran_one_crash(make_site:
     assert begun(site)[ids[2]] == 1
 
 
+def test_a_worker_that_is_killed_costs_a_group_nothing(make_site: MakeSite, valkey: RedisServer) -> None:
+    site = make_site(JOB, f"{MANY}watch_max_crashes = 1\n", **SHORT)
+    first = site.worker(concurrency=1)
+    ids = gather(site, 1, "slow", 2, 3)
+    until(lambda: begun(site)[ids[1]] == 1, "it runs")
+    assert together(site, ids) == 4
+
+    first.kill()
+    site.worker(concurrency=1)
+    until(lambda: begun(site)[ids[1]] == 2, "it runs again", report=site.report)
+    site.touch("slow")
+
+    site.until_handled(WARM + 4, topic="job")
+    until(lambda: waiting(valkey) + in_hand(valkey) == 0, "all are acked")
+    assert not site.dead()
+    assert begun(site)[ids[0]] <= 2, "handled, and perhaps not recorded yet"
+    assert [begun(site)[id] for id in ids[1:]] == [2, 1, 1]
+
+
 def test_who_stands_behind_a_slow_one_is_given_back_and_what_is_done_is_recorded(make_site: MakeSite) -> None:
     site = make_site(JOB, MANY, **SHORT)
     site.worker(concurrency=1)
