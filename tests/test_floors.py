@@ -40,6 +40,7 @@ FLOORS: Final = {
     "queue": 2,
     "testing": 2,  # beside the floors: see ALONE
     "members": 3,
+    "together": 3,
     "message": 1,
     "packets": 1,
     "sending": 1,

@@ -271,9 +271,9 @@ def test_bombs_cost_no_memory(fuzzed: Site, valkey: RedisServer) -> None:
 
 #: Takes the cap of sizes away.
 UNCAPPED = """
-from watch_tasks.transport import redis as transport
+from watch_tasks.transport import channel
 from watch_tasks.worker import consumer
-transport.bound_decoders = consumer.bound_decoders = lambda most, firmly=True: None
+channel.bound_decoders = consumer.bound_decoders = lambda most, firmly=True: None
 """
 
 
