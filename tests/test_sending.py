@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -554,6 +555,56 @@ print("ends", flush=True)
 def test_what_waits_is_sent_when_the_program_ends(end: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM + end], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["ends", "sent 1 2"]
+
+
+FORKING = """
+import os, signal, threading
+from watch_tasks import Topic
+
+class Printer:
+    max_payload = 1000
+    began, may_go = threading.Event(), threading.Event()
+    def push(self, message, *, delay=0.0):
+        self.began.set()
+        self.may_go.wait()
+        print(os.getpid(), message.data, message.id, flush=True)
+    def push_packet(self, packet):
+        for member in packet.members:
+            print(os.getpid(), bytes(member.data).decode(), member.id, flush=True)
+
+topic = Topic("t")
+topic.bind(Printer())
+slow, sender = topic.sender(linger=0.001), topic.sender(linger=3600)
+sender.send(1)
+sender.send(2)
+sender.flush()
+sender.send(3)
+slow.send(4)
+Printer.began.wait()  # the lock is held by a thread that no child has
+child = os.fork()
+Printer.may_go.set()
+first = 5 if child else 7
+if child:
+    os.waitpid(child, 0)
+else:
+    signal.alarm(20)
+sender.send(first)
+slow.send(first + 1)
+slow.flush()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_sender_in_a_forked_process_begins_anew() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    parent = lines[0][0]
+
+    assert {data: process == parent for process, data, _ in lines} == {
+        **dict.fromkeys("123456", True),
+        **dict.fromkeys("78", False),
+    }
+    assert len(lines) == len({id for _, _, id in lines}) == 8
 
 
 def test_an_outlet_of_packets_is_told_by_what_it_has() -> None:

@@ -7,6 +7,7 @@ Many at once travel in packets where the outlet takes them: an iterable by `Topi
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -37,6 +38,8 @@ _RULES: Final = 160
 
 #: Senders with messages that wait: those are sent, whether or not anybody else still knows the sender.
 _busy: Final[set[Sender[Any]]] = set()
+#: All of this process, which begin anew in one that is forked.
+_all: Final[weakref.WeakSet[Sender[Any]]] = weakref.WeakSet()
 
 
 class Outlet(Protocol):
@@ -87,7 +90,8 @@ class Sender(Generic[T]):
     """Sends a stream of messages of one topic, many at once. Get one by `Topic.sender`.
 
     A message waits here until `size` of them are together or `linger` seconds are over, whichever comes first; then it
-    is sent and has its verdict. What waits when the program ends as usual is sent then. May be shared by threads.
+    is sent and has its verdict. What waits when the program ends as usual is sent then. May be shared by threads, and
+    used on in a forked process, where it begins anew: what waits at the fork is the parent's to send.
 
     Raises:
         SendFailedError: from `send`, `flush` and `close`: the broker could not be reached, now or since the last call.
@@ -111,7 +115,15 @@ class Sender(Generic[T]):
         #: None: one by one. A bound counts messages, so they must be seen one by one.
         self._packets = outlet if isinstance(outlet, PacketOutlet) and topic.max_waiting is None else None
         self._size, self._linger, self._on_verdict = size, linger, on_verdict
+        self._begin_anew()
+        self._is_closed = False
+        _all.add(self)
+        if linger is not None:
+            _at_exit(self)
+
+    def _begin_anew(self) -> None:
         self._counts = dict.fromkeys(Verdict, 0)
+        #: Made ahead: a forked process would have the same.
         self._ids = new_ids()
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -125,10 +137,7 @@ class Sender(Generic[T]):
         self._sent_at = datetime.now(UTC)
         #: What went wrong since the last call.
         self._error: Exception | None = None
-        self._is_closed = False
         self._thread: threading.Thread | None = None
-        if linger is not None:
-            _at_exit(self)
 
     # -- for users
 
@@ -380,6 +389,17 @@ def _linger(sender: weakref.ref[Sender[Any]], wake: threading.Condition) -> None
             del one
             # Without anything to wait for it looks now and then whether its sender is still there.
             wake.wait(1.0 if left is None else left)
+
+
+def _have_forked() -> None:
+    _busy.clear()
+    for sender in list(_all):
+        # Somebody may have held its lock, who is not here to let go of it.
+        sender._begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_have_forked)
 
 
 def _at_exit(sender: Sender[Any]) -> None:
