@@ -259,6 +259,10 @@ class Word(str):
     """What derives from text is not text alone."""
 
 
+#: Two equal sets, each in an order of its own: as sets of text are in two processes.
+SOME, OTHERWISE = set([0, 8]), set([8, 0])  # noqa: C405 - the order of a literal's values is its maker's business
+
+
 class TestDumped:
     """What a topic dumps is what `dump` makes of what it encodes, whichever way that takes."""
 
@@ -313,6 +317,8 @@ class TestDumped:
             (Tagged, Tagged(2)),
             (Tagged, Tagged(2, other_one=5)),
             (dict[str, int], {"b": 1, "a": 2}),
+            (set[int], OTHERWISE),
+            (Reading, Reading(0.5, {}, extra=[OTHERWISE])),
             (int, 5),
             (Shouted(), "flat"),
             (Words(), ("a", "b")),
@@ -321,6 +327,15 @@ class TestDumped:
     def test_of_what_a_schema_encodes(self, schema: Any, data: Any) -> None:
         topic: Topic[Any] = Topic("t", schema=schema)
         assert topic.dump(data) == dump(topic.encode(data))
+
+    @pytest.mark.parametrize("schema", [None, set[int]])
+    def test_equal_sets_are_one_whatever_order_they_are_in(self, schema: Any) -> None:
+        topic: Topic[Any] = Topic("t", schema=schema)
+        assert list(SOME) != list(OTHERWISE)
+        assert dump(topic.encode(SOME)) == dump(topic.encode(OTHERWISE)) == topic.dump(OTHERWISE) == b"[0,8]"
+
+    def test_a_set_of_what_has_no_order_is_sent_all_the_same(self) -> None:
+        assert set(anything.encode({1, "a"})) == {1, "a"}
 
     @pytest.mark.parametrize(
         ("schema", "data"),

@@ -7,6 +7,7 @@ msgspec does the work for dataclasses, TypedDict, attrs classes and its own Stru
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Final, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import msgspec
@@ -23,6 +24,14 @@ def _plain_model(data: Any) -> Any:
     if hasattr(data, "model_dump"):
         return data.model_dump(mode="json")
     raise TypeError(f"{data!r} ({type(data).__name__}) has none")
+
+
+def _builtins(data: Any, hook: Callable[[Any], Any] | None = None) -> Any:
+    """Return plain values, and those of a set in one order wherever it is: else equal data had another digest."""
+    try:
+        return msgspec.to_builtins(data, str_keys=True, enc_hook=hook, order="deterministic")
+    except TypeError:  # a set of what has no order, or what has no plain form
+        return msgspec.to_builtins(data, str_keys=True, enc_hook=hook)
 
 
 _encoder = msgspec.json.Encoder(order="deterministic", enc_hook=_plain_model)
@@ -52,7 +61,7 @@ class PlainSchema:
     """No schema: any JSON values, as they are. Dataclasses and the like are sent as JSON objects."""
 
     def encode(self, data: Any) -> Any:
-        return msgspec.to_builtins(data, str_keys=True, enc_hook=_plain_model)
+        return _builtins(data, _plain_model)
 
     def decode(self, plain: Any) -> Any:
         return plain
@@ -68,7 +77,7 @@ class _TypeSchema(Generic[T]):
         self._read = msgspec.json.Decoder(type_).decode
 
     def encode(self, data: T) -> Any:
-        plain = msgspec.to_builtins(data, str_keys=True)
+        plain = _builtins(data)
         # A dataclass checks nothing when it is made: whoever sends should learn what every worker would refuse.
         self._convert(plain)
         return plain
