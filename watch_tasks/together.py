@@ -13,7 +13,7 @@ from typing import Final, Generic, TypeVar
 from .errors import StorageUnavailableError
 from .handlers import watchdog
 from .pipeline import Pipeline
-from .storage.protocol import Step
+from .storage.protocol import Commit, Step
 from .work import Settlement, Work
 
 __all__ = ["Together", "settle_each"]
@@ -76,13 +76,28 @@ class Together(Generic[T, A]):
                 self._open.popleft()
 
     def give_back(self, works: Iterable[Work]) -> None:
-        """Store what was put and give back what was not begun, in one go: this process is being ended."""
+        """Store what was put and give back what was not begun, in one go: this process is being ended.
+
+        Never raises an error of the storage's: that would take the place of whatever ends the process.
+        """
         commits = [settlement.commit for _, settlement in list(self._open) if not settlement.is_stored]
         commits += [work.commit(Step.RELEASED) for work in works if work.token is not None]
         try:
             self._pipeline.storage.commit_many(commits)
         except StorageUnavailableError:
             pass  # their leases end by themselves
+        except Exception:
+            logger.exception("could not store %d commits together, storing each alone", len(commits))
+            self._give_back_each(commits)
+
+    def _give_back_each(self, commits: Sequence[Commit]) -> None:
+        for commit in commits:
+            try:
+                self._pipeline.storage.commit_many([commit])
+            except StorageUnavailableError:
+                return
+            except Exception:
+                logger.exception("could not store what became of message %s", commit.id)
 
     def _settle_early(self) -> None:
         try:

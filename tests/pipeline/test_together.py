@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from watch_tasks.errors import StorageError, StorageUnavailableError
 from watch_tasks.outcome import Busy
 from watch_tasks.pipeline import Pipeline
-from watch_tasks.storage.protocol import Step
+from watch_tasks.storage.protocol import Commit, Step
 from watch_tasks.testing.storage_values import unclaimed
 from watch_tasks.together import Together, settle_each
 from watch_tasks.work import Settlement
@@ -87,3 +88,27 @@ def test_what_is_put_while_others_are_stored_goes_with_the_next(pipe: Make) -> N
     together.settle()
     assert together.answers == [(1, "stored a"), (2, "stored b")]
     assert store.groups == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("error", [StorageError, StorageUnavailableError])
+def test_an_ending_process_stores_what_it_can_and_goes_on_to_end(
+    pipe: Make, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    pipeline = pipe(done)
+    together: Together[int, str] = Together(pipeline, Stumbling())
+    stored: list[str] = []
+
+    def commit_many(commits: Sequence[Commit]) -> list[bool]:
+        ids = [commit.id for commit in commits]
+        if "bad" in ids:
+            raise error("bad")
+        stored.extend(ids)
+        return [True] * len(ids)
+
+    monkeypatch.setattr(pipeline.storage, "commit_many", commit_many)
+    for number, id in enumerate(("first", "bad", "last")):
+        together.put(number, settlement(id))
+
+    together.give_back([])
+
+    assert stored == (["first", "last"] if error is StorageError else [])
