@@ -404,6 +404,21 @@ class TestHandingBack:
 
         until(lambda: in_hand(server) == 0, "the ack of the old connection counts")
 
+    def test_so_does_one_that_is_given_up_for_an_error_of_another_socket(
+        self, connect: Any, server: RedisServer
+    ) -> None:
+        connection = connect(**SHORT)
+        send(connection, 1)
+        reader = Reader(connection)
+        (message,) = reader.take()
+        connection.collect()  # as a worker does after an error, whoever told of it
+        connection.release()
+        assert Reader(connect(**SHORT)).drain(2.0) == []
+
+        message.ack()
+
+        until(lambda: in_hand(server) == 0, "the ack of the old connection counts")
+
     def test_an_answer_that_was_lost_loses_nothing(self, connect: Any) -> None:
         connection = connect(**SHORT)
         reader = Reader(connection)

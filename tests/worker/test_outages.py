@@ -88,8 +88,9 @@ def test_a_server_that_is_killed_and_comes_back_goes_on_with_everything(
     assert {line["id"] for line in site.lines()} == set(sent)
 
 
+@pytest.mark.parametrize("kinds", [("normal", "pubsub"), ("pubsub",)], ids=["all", "that of broadcasts"])
 def test_a_connection_that_breaks_under_a_handler_does_not_start_it_again(
-    make_site: MakeSite, own_valkey: RedisServer
+    make_site: MakeSite, own_valkey: RedisServer, kinds: tuple[str, ...]
 ) -> None:
     site = make_site(GATE, url=own_valkey.url, **SHORT)
     site.worker(concurrency=1)
@@ -98,9 +99,10 @@ def test_a_connection_that_breaks_under_a_handler_does_not_start_it_again(
     until(lambda: site.calls()["enter"] == 1, "the handler runs")
     for _ in range(2):
         with own_valkey.client() as client:
-            client.client_kill_filter(_type="normal", skipme=True)
-            client.client_kill_filter(_type="pubsub", skipme=True)
+            for kind in kinds:
+                client.client_kill_filter(_type=kind, skipme=True)
         pass_time(3)
+    assert "busy" not in {event.event for event in site.storage.explain("gate", "a")}, "nobody else was given it"
     site.touch("open")
     site.until_handled(1, 60)
     pass_time(1)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import Empty
 from typing import Any, ClassVar, Final
 
@@ -94,8 +95,8 @@ class Channel(SendingChannel):
         #: The socket whose server tells it of changes.
         self._told_by: Any = None
         self._is_told = True
-        #: An error came by the connection: what is handled meanwhile is kept.
-        self._is_broken = False
+        #: Whether an error came by the connection: what is handled meanwhile is kept.
+        self.is_broken = False
         #: Whether the answer to a fetch is still to come.
         self._is_awaited = False
         #: Queues whose messages count as settled once they are delivered.
@@ -133,7 +134,7 @@ class Channel(SendingChannel):
         if self._is_awaited:
             self._flight.failed()
             self._is_awaited = False
-        if self._is_broken:
+        if self.is_broken:
             self._flight.retire()
         else:
             self._flight.close()
@@ -271,7 +272,7 @@ class Channel(SendingChannel):
 
     def _fail(self) -> None:
         """Nothing more comes by this connection; what the fetch under way may have moved is put back later."""
-        self._is_broken = True
+        self.is_broken = True
         self._in_poll = None
         self._told_by = None
         if self._is_awaited:

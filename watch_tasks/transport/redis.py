@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final
 
 from kombu.transport import redis as kombu_redis
@@ -41,6 +42,16 @@ class Transport(_stock.Transport):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
+
+    def _collect(self, connection: Any) -> None:
+        """Let go of a connection by which an error came: kombu calls this then, and where nothing is wrong, never.
+
+        The error may be that of another socket, such as the one for broadcasts, of which the channels know nothing.
+        """
+        for channel in [*self._avail_channels, *self.channels]:
+            channel.is_broken = True
+        with suppress(*self.connection_errors, OSError):
+            self.close_connection(connection)
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         waker = Waker(_nothing)
