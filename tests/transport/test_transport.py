@@ -185,6 +185,28 @@ class TestMessages:
         Reader(connection, no_ack=True).take(2)
         until(lambda: in_hand(server) == 0, "none is in hand")
 
+    def test_nor_does_it_say_anything_of_the_next_consumer(self, connect: Any) -> None:
+        connection = connect()
+        reader = Reader(connection, no_ack=True)
+        reader.consumer.cancel()
+        reader.consumer.consume(no_ack=False)
+        send(connection, 1)
+        reader.take()
+        assert reader.channel.flight.count == 1
+
+    def test_two_channels_of_a_connection_may_read_one_queue(self, connect: Any, server: RedisServer) -> None:
+        connection = connect()
+        one, other = Reader(connection, prefetch=1), Reader(connection, prefetch=1)
+        send(connection, 1, 2)
+        until(lambda: bool(one.drain(0.1)) and bool(other.messages), "each has one")
+        (first,), (second,) = one.messages, other.messages
+        first.ack()
+        one.channel.flight.tend()
+        assert in_hand(server) == 1, "what the other has in hand under the same number"
+        one.consumer.cancel()
+        second.requeue()
+        assert other.take(2)[1].payload == second.payload
+
     def test_one_can_be_fetched_by_itself(self, connect: Any, server: RedisServer) -> None:
         connection = connect()
         send(connection, 1, 2)

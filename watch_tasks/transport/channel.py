@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty
 from typing import Any, ClassVar, Final
@@ -101,6 +101,9 @@ class Channel(SendingChannel):
         self._is_awaited = False
         #: Queues whose messages count as settled once they are delivered.
         self._settled_queues: set[str] = set()
+        #: Queue → what takes its messages here. kombu knows of one for all channels of a connection, whose numbers may
+        #: be those of other items.
+        self._takers: dict[str, Callable[[dict[str, Any]], object]] = {}
         self.next_legacy = 0.0
         super().__init__(*args, **kwargs)
 
@@ -140,10 +143,22 @@ class Channel(SendingChannel):
             self._flight.close()
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:
+        # One queue has one taker, the last.
         if no_ack or not self.ack_emulation:
             self._settled_queues.add(queue)
+        else:
+            self._settled_queues.discard(queue)
         self._is_due = True
-        return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+        answer = super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+        self._takers[queue] = self.connection._callbacks[queue]
+        return answer
+
+    def _basic_cancel(self, consumer_tag: str) -> Any:
+        queue = self._tag_to_queue.get(consumer_tag)
+        answer = super()._basic_cancel(consumer_tag)
+        if queue not in self._active_queues:
+            self._takers.pop(queue, None)
+        return answer
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         fetched = self.flight.fetch(self._plain(), 1, self._keys([queue]), [later_key(queue, self.global_keyprefix)])
@@ -297,12 +312,13 @@ class Channel(SendingChannel):
         payload = self._open(item, queue, now)
         if payload is None:
             return
-        if queue not in self.connection._callbacks:
+        take = self._takers.get(queue)
+        if take is None:
             # Cancelled since it was asked for.
             self.flight.back([item.number])
             return
         try:
-            self.connection._deliver(payload, queue)
+            take(payload)
             if queue in self._settled_queues:
                 self.flight.ack(item.number)
         finally:
