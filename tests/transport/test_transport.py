@@ -441,6 +441,33 @@ class TestHandingBack:
 
         until(lambda: in_hand(server) == 0, "the ack of the old connection counts")
 
+    def test_what_is_acked_while_the_server_is_told_of_others_does_not_come_again(
+        self, connect: Any, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connection = connect()
+        send(connection, 1, 2, 3)
+        reader = Reader(connection)
+        first, second, _ = reader.take(3)
+        flight = reader.channel.flight
+        flight._is_closed.set()  # its thread ends
+        flight._thread.join(10)
+        flight.retire()
+        tell = flight._tell
+
+        def tell_slowly() -> None:
+            tell()
+            second.ack()
+
+        first.ack()
+        with monkeypatch.context() as patch:
+            patch.setattr(flight, "_tell", tell_slowly)
+            flight.tend()
+
+        with server.client() as client:
+            assert client.llen("q") == 0
+        flight.tend()
+        assert in_hand(server) == 1
+
     def test_an_answer_that_was_lost_loses_nothing(self, connect: Any) -> None:
         connection = connect(**SHORT)
         reader = Reader(connection)

@@ -263,11 +263,13 @@ class Flight:
 
     def ack(self, number: int) -> None:
         """It is settled. The server is told by the next fetch, or soon; twice is safe."""
-        if os.getpid() == self._pid and self._held.pop(number, self) is not self:
-            with self._lock:
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._held.pop(number, self) is not self:
                 self._settled.append(number)
-            if len(self._settled) > 10 * _MOST_ITEMS:
-                self._wake.set()
+        if len(self._settled) > 10 * _MOST_ITEMS:
+            self._wake.set()
 
     def back(self, numbers: Iterable[int], *, to_tail: bool = False) -> None:
         """Put items back, to be handed over again; to the tail, after everything that waits.
@@ -323,6 +325,9 @@ class Flight:
         Raises:
             redis.RedisError: no answer came.
         """
+        with self._lock:
+            # Before that is told which is settled: what is settled from now on is told the next time, and known still.
+            known = list(self._held)
         self._tell()
         forgotten = [number for number, delivery in list(self._held.items()) if delivery is not None and not delivery()]
         if forgotten:
@@ -332,7 +337,7 @@ class Flight:
         if self._held and time.monotonic() >= self._renewed + self._every:
             own = self.holder
         if self._is_retired:
-            _back(self._client, [self._held_key], "others", _HEAD, _CAME_BACK, *self._held)
+            _back(self._client, [self._held_key], "others", _HEAD, _CAME_BACK, *known)
         keys, held_prefix = [self._holders, self._looked], f"{self._prefix}watch.held:"
         is_known, moved, is_more = _tend(self._client, keys, _ms(self._lease), held_prefix, own)
         if own:
