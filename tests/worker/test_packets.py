@@ -321,6 +321,23 @@ def test_what_is_no_member_is_dead_alone_and_what_is_no_packet_as_a_whole(
     assert worker.is_running()
 
 
+def test_a_worker_without_any_topic_buries_each_member_and_not_the_packet(
+    make_site: MakeSite, valkey: RedisServer
+) -> None:
+    site = make_site("", WATCH_UNKNOWN_GRACE="0.5")
+    worker = site.worker(concurrency=1)
+
+    push_body(valkey, b'[["nosuch",[["u1","i1",1],["u2","i2",2]]],{},null]', "unknown")
+
+    site.until_dead(2)
+    assert {(letter.id, letter.topic, letter.reason) for letter in site.dead()} == {
+        ("u1", "nosuch", Reason.UNKNOWN_TOPIC),
+        ("u2", "nosuch", Reason.UNKNOWN_TOPIC),
+    }
+    until_drained(site, valkey)
+    assert worker.is_running()
+
+
 def test_packets_are_larger_than_one_message_may_be(make_site: MakeSite) -> None:
     site = make_site(ACTS, WATCH_MAX_PAYLOAD="2000")
     site.worker(concurrency=1)

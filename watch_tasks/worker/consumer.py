@@ -29,6 +29,7 @@ from ..registry import registry
 from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
 from .appetite import Appetite
+from .bulk import register_packets
 from .collecting import Collector
 from .gathering import Gatherer, Gathering
 from .groups import Groups
@@ -69,6 +70,8 @@ class WatchConsumer(Consumer):
         self.runtime.name_worker(hostname)
         _check(app, pool, self.runtime)
         topics = list(registry)
+        # Also where no topic is loaded: a packet that nobody can read would be dead as one, and could not be replayed.
+        register_packets(app)
         bound_decoders(bulk.most_bytes(self.runtime.settings.max_payload))
         leases = transport_leases(app.conf, self.runtime.settings)
         if leases is not None:
