@@ -336,6 +336,7 @@ def test_a_worker_without_any_topic_buries_each_member_and_not_the_packet(
     }
     until_drained(site, valkey)
     assert worker.is_running()
+    assert "no topics are loaded" in worker.text()
 
 
 def test_packets_are_larger_than_one_message_may_be(make_site: MakeSite) -> None:

@@ -72,6 +72,10 @@ class WatchConsumer(Consumer):
         topics = list(registry)
         # Also where no topic is loaded: a packet that nobody can read would be dead as one, and could not be replayed.
         register_packets(app)
+        if not topics:
+            logger.warning(
+                "no topics are loaded: name their modules in `imports` of the configuration, or with -I MODULE"
+            )
         bound_decoders(bulk.most_bytes(self.runtime.settings.max_payload))
         leases = transport_leases(app.conf, self.runtime.settings)
         if leases is not None:
