@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import celery.app.base
@@ -65,7 +66,7 @@ def make_app(valkey: RedisServer) -> Iterator[MakeApp]:
     """Makes an app with our topics under it; by default its broker is the shared server."""
     made: list[Celery] = []
 
-    def make(kind: type[Celery] = Celery, broker: str = valkey.url, **config: Any) -> Celery:
+    def make(kind: type[Celery] = Celery, broker: str | None = valkey.url, **config: Any) -> Celery:
         made.append(install(kind("short", broker=broker, set_as_current=False)))
         made[-1].conf.update(config)
         return made[-1]
@@ -575,6 +576,17 @@ class TestTrouble:
         with pytest.raises(SendFailedError, match="refused"):
             alarm.send(1)
         assert time.monotonic() - began < 5
+
+    @pytest.mark.parametrize("max_waiting", [None, 5])
+    def test_where_no_broker_is_configured_it_says_what_to_do(
+        self, make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_waiting: int | None
+    ) -> None:
+        monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
+        monkeypatch.setenv("WATCH_DIR", str(tmp_path))
+        make_app(broker=None)
+        alarm = topic("alarm", max_waiting=max_waiting)
+        with pytest.raises(SendFailedError, match=f"answers in {tmp_path}: start it with `watch-tasks up`"):
+            alarm.send(1)
 
     def test_a_server_that_goes_away_is_a_failed_send_until_it_is_back(
         self, make_app: MakeApp, lasting_valkey: RedisServer, ways: Ways

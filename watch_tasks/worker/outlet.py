@@ -13,11 +13,11 @@ from celery.app.task import get_actual_ignore_result
 from celery.utils.quorum_queues import detect_quorum_queues
 from kombu.exceptions import KombuError
 
-from ..errors import TooLargeError
+from ..errors import SendError, SendFailedError, TooLargeError
 from ..message import Message
 from ..packets import Packet
 from ..queue import bulk, wire
-from ..queue.redis import send_error
+from ..queue.broker import name_of, send_error
 from ..registry import registry
 from ..schema import dump
 from .hand import HAND
@@ -59,7 +59,7 @@ class CeleryOutlet:
         topic = registry.get(message.topic)
         options: dict[str, Any] = {"queue": topic.queue} if topic and topic.queue else {}
         if topic:
-            wait_for_room(self._app, topic, message, self._settings().send_wait)
+            wait_for_room(self._app, topic, message, self._settings().send_wait, self._error)
         if delay > 0 or not self._shortcut.send(message, options):
             self._send(message, delay, {}, options)
 
@@ -130,7 +130,7 @@ class CeleryOutlet:
             with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
                 amqp.send_task_message(producer, made.headers["task"], made, confirm_timeout=_CONFIRM, **options)
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
-            raise send_error(exc, sent) from exc
+            raise self._error(exc, sent) from exc
 
     def _send(self, message: Message[Any], delay: float, headers: dict[str, Any], options: dict[str, Any]) -> None:
         args, keywords = wire.arguments(message)
@@ -157,7 +157,13 @@ class CeleryOutlet:
                 **{"ignore_result": True, "confirm_timeout": _CONFIRM, **options},
             )
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
-            raise send_error(exc, message) from exc
+            raise self._error(exc, message) from exc
+
+    def _error(self, error: BaseException, sent: Message[Any] | Packet) -> SendError:
+        """Return what a failed publish means; where the embedded server does not run, what to do."""
+        found = send_error(error, sent)
+        missing = self._settings().missing_server() if isinstance(found, SendFailedError) else None
+        return SendFailedError(f"{name_of(sent)} was not sent: {missing}") if missing else found
 
     @property
     def _delays_in_broker(self) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from amqp.exceptions import AMQPError
 from celery import Celery
 
-from ..errors import QueueFullError
+from ..errors import QueueFullError, SendError
 from ..message import Message
 from ..queue.broker import TROUBLE, send_error
 from ..topics import Topic
@@ -39,8 +40,21 @@ def count_waiting(connection: Any, queue: str) -> int:
         return 0
 
 
-def wait_for_room(app: Celery, topic: Topic[Any], message: Message[Any], seconds: float) -> None:
+def wait_for_room(
+    app: Celery,
+    topic: Topic[Any],
+    message: Message[Any],
+    seconds: float,
+    failed: Callable[[BaseException, Message[Any]], SendError] = send_error,
+) -> None:
     """Return once fewer messages than the topic's bound wait in its queue.
+
+    Args:
+        app: whose broker it is.
+        topic: the message's.
+        message: what is to be sent.
+        seconds: to wait at most.
+        failed: what an error of the broker means.
 
     Raises:
         QueueFullError: there was no room in time.
@@ -65,4 +79,4 @@ def wait_for_room(app: Celery, topic: Topic[Any], message: Message[Any], seconds
                 time.sleep(min(pause, left))
                 pause = min(pause * 2, longest)
     except (*TROUBLE, AMQPError) as exc:
-        raise send_error(exc, message) from exc
+        raise failed(exc, message) from exc
