@@ -97,6 +97,7 @@ def test_show_takes_the_short_id_of_the_table(run: Run) -> None:
     assert "\\xff\\x1b" in shown
     assert "\x1b" not in shown
     assert run("dead", "show", "cccccccc").exit_code == 3
+    assert "to 8 characters at the fewest" in run("dead", "show", "aaaa").stderr
 
 
 @pytest.mark.usefixtures("letters")

@@ -261,7 +261,8 @@ def _find(storage: Storage, id: str) -> DeadLetter:
     if len(near) > 1:
         raise CommandError(f"`{id}` begins {len(near)} ids: {', '.join(letter.id for letter in near[:5])}", USAGE)
     if not near:
-        raise NotFoundError(f"no dead letter `{id}`; see `watch-tasks dead list`")
+        short = f" (an id may be cut short, to {SHORT} characters at the fewest)" if len(id) < SHORT else ""
+        raise NotFoundError(f"no dead letter `{id}`{short}; see `watch-tasks dead list`")
     return near[0]
 
 
