@@ -51,9 +51,10 @@ NOT_EQUAL = """\
   Celery (solo), Huey and RQ handle one at a time.
 - **RQ** runs here in `SimpleWorker`, the fastest it has: its default worker forks for every job. It keeps jobs for
   500 s, as it does by default, since to keep none is slower.
-- **Celery** workers, ours included, run without gossip, mingle, heartbeat and events, and with the same prefetch. No
-  events and a prefetch of several are Celery's defaults; this package's own feed Flower's live view, and hold no more
-  than what runs, which is slower.
+- **Celery** workers, ours included, run without gossip, mingle, heartbeat and events, and with the same prefetch; in
+  prefork, that of watch_tasks raises itself while messages are quick, by 100 for each process at most. No events and a
+  prefetch of several are Celery's defaults; this package's own feed Flower's live view, and begin with no more than
+  what runs, which is slower.
 - **Taskiq** runs with `--no-parse`, since nobody else checks arguments; **Huey** without results and periodic tasks.
 - **watch_tasks keeps the data in the record**, its default: with large payloads that is written once more.
   `keep_data=False` would spare it.

@@ -26,7 +26,7 @@ _REDIS: Final = ("redis", "rediss", "redis+socket", "unix", "sentinel")
 #: connection as a whole: what concerns a task is set on our own tasks, so that others under the same app keep theirs.
 _RECOMMENDED: Final[dict[str, Any]] = {
     "worker_consumer": "watch_tasks.worker.consumer:WatchConsumer",
-    # Holds no more than what runs: less to hand out again when a worker dies.
+    # Holds no more than what runs, unless all is quick: less to hand out again when a worker dies.
     "worker_prefetch_multiplier": 1,
     # The claim makes a second copy wait; cancelling would repeat effects that are half done.
     "worker_cancel_long_running_tasks_on_connection_loss": False,
