@@ -185,6 +185,18 @@ class TestSend:
             bound.send(data)
 
 
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ({"retry": 3}, "`retry` must be a RetryPolicy, got 3"),
+        ({"index": "host"}, "`index` must be a callable .*'host'"),
+    ],
+)
+def test_rules_that_are_none_are_told_where_the_topic_is_defined(rules: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=f"topic `t`: {told}"):
+        Topic("t", **rules)
+
+
 class TestSendMany:
     def test_every_item_is_counted(self, desk: Desk, bound: Topic[Any]) -> None:
         assert bound.send_many(range(3)) == SendReport(sent=3)

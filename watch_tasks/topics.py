@@ -85,7 +85,7 @@ class Topic(Generic[T]):
 
     Raises:
         TopicError: the name is no name of a topic.
-        TypeError: the schema is none.
+        TypeError: the schema, the retry policy or `index` is none.
         ValueError: a number is out of its range.
     """
 
@@ -106,7 +106,11 @@ class Topic(Generic[T]):
     ) -> None:
         self.name = check_topic(name)
         self.schema = schema_of(schema)
+        if index is not None and not callable(index):
+            raise TypeError(f"topic `{name}`: `index` must be a callable that takes the data, or None, got {index!r}")
         self.index = index
+        if not isinstance(retry, RetryPolicy):
+            raise TypeError(f"topic `{name}`: `retry` must be a RetryPolicy, got {retry!r}")
         self.retry = retry
         self.timeout = _positive("timeout", timeout)
         if once not in ("message", "index", "none"):
@@ -442,7 +446,7 @@ def topic(
 
     Raises:
         TopicError: the name is no name of a topic, or another module uses it.
-        TypeError: the schema is none.
+        TypeError: the schema, the retry policy or `index` is none.
         ValueError: a number is out of its range.
     """
     made: Topic[T] = Topic(
