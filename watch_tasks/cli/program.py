@@ -53,6 +53,8 @@ class Program:
         self.include = include
         self.as_json = as_json
         self._is_loaded = False
+        #: Topics that no module defines, by name: each is warned of once.
+        self._undefined: dict[str, Topic[Any]] = {}
 
     @cached_property
     def app(self) -> Celery:
@@ -109,11 +111,11 @@ class Program:
     def topic(self, name: str) -> Topic[Any]:
         """Return a loaded topic, or one of plain JSON that sends through the app, and say so on stderr."""
         known = [topic.name for topic in self.load_topics()]
-        topic = registry.get(name)
+        topic = registry.get(name) or self._undefined.get(name)
         if topic is None:
             loaded = f"loaded: {listed(known)}" if known else "none is loaded, name a module with -I"
             note(f"Warning: no loaded module defines topic `{name}`: its data is sent unchecked ({loaded})")
-            topic = Topic(name)
+            topic = self._undefined[name] = Topic(name)
         return topic
 
     def bind(self, topic: Topic[Any]) -> None:
