@@ -143,8 +143,12 @@ def read_settings(conf: Any, environ: Mapping[str, str] = os.environ) -> Setting
         if broker.partition("://")[0] in (*_REDIS, "memory"):
             values["storage_url"] = broker
         else:
+            # Nothing of the URL is shown: it may hold a password.
+            why = "the broker is neither Redis nor Valkey"
+            if broker and "://" not in broker:
+                why = "`broker_url` has no scheme such as redis:// and stands for a RabbitMQ"
             complaints.append(
-                "setting `watch_storage_backend` must name a storage: the broker is neither Redis nor Valkey, "
+                f"setting `watch_storage_backend` must name a storage: {why}, "
                 "so it cannot be the storage as well; for instance redis://localhost:6379/0"
             )
     if values.get("renew_every", Settings.renew_every) * 2 > values.get("lease", Settings.lease):
