@@ -100,8 +100,8 @@ def render(results: Results) -> str:
     shown = [scenario for scenario in SCENARIOS if any(results.of(scenario.name))]
     parts = [
         "# Benchmarks",
-        "Written by `make bench`; do not edit. Everything ran in turn on one machine, in one run. Ratios hold "
-        "better on another machine than times do.",
+        "Written by `python -m benchmarks`, as `make bench` calls it; do not edit. Everything ran in turn on one "
+        "machine, in one run. Ratios hold better on another machine than times do.",
         about(results),
         "## Who is measured",
         who(),

@@ -301,6 +301,16 @@ class TestVerdicts:
         assert [data for data, verdict in told if verdict is Verdict.REFUSED] == [bad, "x" * 9, Alarm("a\nb")]
         assert topic.send_many(items) == SendReport(sent=4, refused=3)
 
+    def test_why_the_first_one_is_refused_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        for told in (None, Told()):
+            caplog.clear()
+            topic: Topic[Any] = Topic("t")
+            topic.bind(Truck(max_payload=10))
+            topic.send_many([1, "x" * 9, object()], on_verdict=told)
+            (record,) = caplog.records
+            assert record.levelname == "WARNING"
+            assert "topic `t`: data takes 11 bytes" in record.getMessage()
+
     def test_a_message_that_is_refused_is_told_as_it_is(self, bound: Topic[Any]) -> None:
         messages: list[Message[Any]] = []
         sent: Message[Any] = Message(object(), "t", index="i")

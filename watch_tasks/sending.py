@@ -7,6 +7,7 @@ Many at once travel in packets where the outlet takes them: an iterable by `Topi
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -35,6 +36,8 @@ T = TypeVar("T")
 _BESIDES: Final = 16
 #: The same, that its rules take, beside the names of handlers.
 _RULES: Final = 160
+
+logger = logging.getLogger(__name__)
 
 #: Senders with messages that wait: those are sent, whether or not anybody else still knows the sender.
 _busy: Final[set[Sender[Any]]] = set()
@@ -137,6 +140,7 @@ class Sender(Generic[T]):
         self._sent_at = datetime.now(UTC)
         #: What went wrong since the last call.
         self._error: Exception | None = None
+        self._has_told_why = False
         self._thread: threading.Thread | None = None
 
     # -- for users
@@ -222,7 +226,8 @@ class Sender(Generic[T]):
                 self._take_data(data, index)
             else:
                 self._take_message(self._message(data, index, max_retries, once))
-        except MessageError:
+        except MessageError as exc:
+            self._tell_why(exc)
             self._refuse(data)
 
     def _begin(self) -> None:
@@ -243,7 +248,8 @@ class Sender(Generic[T]):
             return
         try:
             plain = self._plain(message.data)
-        except MessageError:
+        except MessageError as exc:
+            self._tell_why(exc)
             self._note(message, Verdict.REFUSED)
         else:
             self._add(member_of(message, plain, self._sent_at), len(plain), message)
@@ -299,7 +305,8 @@ class Sender(Generic[T]):
     def _push(self, message: Message[T]) -> None:
         try:
             self._outlet.push(replace(message, data=self._topic.encode(message.data)))
-        except (MessageError, QueueFullError):
+        except (MessageError, QueueFullError) as exc:
+            self._tell_why(exc)
             self._note(message, Verdict.REFUSED)
         except SendUnknownError:
             self._note(message, Verdict.UNKNOWN)
@@ -340,6 +347,12 @@ class Sender(Generic[T]):
                 for message in messages:
                     self._on_verdict(message, verdict)
             self._error = error or self._error
+
+    def _tell_why(self, error: Exception) -> None:
+        """Say why one is refused: of a million that are, the first."""
+        if not self._has_told_why:
+            self._has_told_why = True
+            logger.warning("a message is refused, and others from now on without a word: %s", error)
 
     def _note(self, message: Message[T] | None, verdict: Verdict) -> None:
         self._counts[verdict] += 1

@@ -87,7 +87,17 @@ def test_unknown_topic_is_sent_as_plain_json_with_a_warning(run: Run, valkey: Re
 
     assert result.exit_code == 0
     assert "no loaded module defines topic `nobody`" in result.stderr
+    assert "did you mean" not in result.stderr
     assert queued(valkey)[0]["headers"]["task"] == "watch.nobody"
+
+
+def test_a_misspelt_topic_is_told_which_one_it_is_like(run: Run, valkey: RedisServer) -> None:
+    topic("orders", schema=Order)
+
+    result = run("send", "ordres", '{"number": 3}')
+
+    assert result.exit_code == 0
+    assert "its data is sent unchecked, did you mean `orders`?" in result.stderr
 
 
 @pytest.mark.parametrize(

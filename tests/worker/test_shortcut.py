@@ -28,6 +28,7 @@ from celery.exceptions import AlwaysEagerIgnored
 from kombu.transport.redis import Channel as StockChannel
 
 from watch_tasks import Message, SendFailedError, SendUnknownError, Topic, topic
+from watch_tasks.errors import ConfigurationError
 from watch_tasks.worker import install
 from watch_tasks.worker.shortcut import Shortcut
 
@@ -587,6 +588,13 @@ class TestTrouble:
         alarm = topic("alarm", max_waiting=max_waiting)
         with pytest.raises(SendFailedError, match=f"answers in {tmp_path}: start it with `watch-tasks up`"):
             alarm.send(1)
+
+    def test_a_url_that_cannot_be_read_is_a_sentence_without_the_password(self, make_app: MakeApp, ways: Ways) -> None:
+        make_app(broker="redis://:se/cret@localhost:6379/0")
+        with pytest.raises(ConfigurationError, match="it cannot be read") as caught:
+            topic("alarm").send(1)
+        assert "cret" not in str(caught.value)
+        assert ways == []
 
     def test_a_server_that_goes_away_is_a_failed_send_until_it_is_back(
         self, make_app: MakeApp, lasting_valkey: RedisServer, ways: Ways

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..errors import ConfigurationError, QueueUnavailableError, TopicError, WatchTasksError
+from ..errors import ConfigurationError, QueueUnavailableError, TopicError, WatchTasksError, did_you_mean
 from ..registry import registry
 from ..topics import Topic, check_topic
 from .codes import REFUSED, USAGE, CommandError
@@ -114,7 +114,8 @@ class Program:
         topic = registry.get(name) or self._undefined.get(name)
         if topic is None:
             loaded = f"loaded: {listed(known)}" if known else "none is loaded, name a module with -I"
-            note(f"Warning: no loaded module defines topic `{name}`: its data is sent unchecked ({loaded})")
+            near = did_you_mean(name, known)
+            note(f"Warning: no loaded module defines topic `{name}`: its data is sent unchecked{near} ({loaded})")
             topic = self._undefined[name] = Topic(name)
         return topic
 
@@ -170,6 +171,8 @@ class Program:
             ConfigurationError: its scheme is unknown, lacks its driver, or the rest of it cannot be read. The text
                 has nothing of the URL but the scheme: where it cannot be read, nobody knows what in it is a password.
         """
+        from ..worker.settings import BROKER_URL, UNREADABLE
+
         try:
             with self.app.connection_for_write() as connection:
                 connection.get_transport_cls()
@@ -177,11 +180,9 @@ class Program:
             scheme = str(self.app.conf.broker_url).partition("://")[0]
             wrong = {
                 KeyError: f"there is no transport `{scheme}`",
-                ValueError: "it cannot be read; characters such as / and # in a password are written %2F and %23",
+                ValueError: UNREADABLE,
             }.get(type(exc), f"transport `{scheme}` lacks its driver: {exc}")
-            raise ConfigurationError(
-                f"setting `broker_url` must be the URL of a broker, such as redis://localhost:6379/0: {wrong}"
-            ) from exc
+            raise ConfigurationError(f"{BROKER_URL}: {wrong}") from exc
 
     @property
     def embedded_folder(self) -> str | None:

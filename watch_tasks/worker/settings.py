@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from kombu.utils.url import parse_url
+
 from ..errors import ConfigurationError, did_you_mean
 from ..queue.redis import transport_options
 from . import embedded
@@ -79,6 +81,12 @@ class Settings:
         )
 
 
+#: What is said of a broker's URL that is none. Nothing of it is shown: where it cannot be read, nobody knows what in it
+#: is a password.
+BROKER_URL: Final = "setting `broker_url` must be the URL of a broker, such as redis://localhost:6379/0"
+UNREADABLE: Final = "it cannot be read; characters such as / and # in a password are written %2F and %23"
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text")
@@ -139,6 +147,10 @@ def read_settings(conf: Any, environ: Mapping[str, str] = os.environ) -> Setting
             complaints.append(f"setting `{name}` must be {expected}, got {value!r}")
     values["watch_dir"] = watch_dir(conf, environ)
     values["broker_url"] = broker = _broker_of(conf)
+    try:
+        parse_url(broker)
+    except ValueError:
+        complaints.append(f"{BROKER_URL}: {UNREADABLE}")
     if "storage_url" not in values:
         if broker.partition("://")[0] in (*_REDIS, "memory"):
             values["storage_url"] = broker
