@@ -228,7 +228,7 @@ class Runner:
         if work.token is not None:
             try:
                 self._storage.commit(work.commit(Step.RELEASED))
-            except StorageUnavailableError as exc:
+            except Exception as exc:  # noqa: BLE001 - nothing may take the place of what ends the process
                 logger.warning("could not give message %s back: %s", work.received.id, exc)
 
 

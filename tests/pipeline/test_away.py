@@ -22,6 +22,7 @@ from watch_tasks import (
     Snooze,
     Snoozed,
 )
+from watch_tasks.errors import StorageError, StorageUnavailableError
 from watch_tasks.pipeline import Pipeline
 from watch_tasks.testing import ManualClock
 
@@ -230,11 +231,21 @@ class TestStoppedWhileAway:
         pipeline = pipe(done, settings={"stopping": lambda: True})
         assert pipeline.bury(Reason.MALFORMED, "no message", id="m", raw=b"?") == Busy(0.0)
 
+    @pytest.mark.parametrize("error", [StorageUnavailableError("away"), StorageError("no room"), ValueError("a bug")])
     def test_an_interrupted_handler_ends_all_the_same(
-        self, pipe: Callable[..., Pipeline], storage: TroubledStorage, caplog: pytest.LogCaptureFixture
+        self,
+        pipe: Callable[..., Pipeline],
+        storage: TroubledStorage,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
     ) -> None:
         caplog.set_level(logging.WARNING, "watch_tasks")
-        storage.away = {"released"}
+
+        def fail(commit: object) -> None:
+            raise error
+
+        monkeypatch.setattr(storage, "commit", fail)
         pipeline = pipe(raising(SystemExit()), settings={"interrupts": lambda error: True, "stopping": lambda: True})
         with pytest.raises(SystemExit):
             pipeline.handle(Message(1, "t", id="m"))
