@@ -19,6 +19,7 @@ from watch_tasks.cli.output import age, clean, count, listed, to_json
 from watch_tasks.cli.sample import send_command
 from watch_tasks.storage import open_storage
 from watch_tasks.topics import Topic
+from watch_tasks.worker import install
 
 from .conftest import Order, runner
 
@@ -104,6 +105,13 @@ def test_broker_url_that_cannot_be_used_is_a_sentence(
     assert said in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "cret" not in result.stdout + result.stderr
+
+
+def test_nothing_is_sent_to_a_broker_that_ends_with_the_command() -> None:
+    result = runner(install(Celery("here", broker="memory://", set_as_current=False)))("send", "orders", "1")
+
+    assert result.exit_code == 1
+    assert "would be gone with it" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["check"], ["handled", "count"], ["storage", "migrate"]], ids=lambda args: args[0])

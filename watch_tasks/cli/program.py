@@ -123,13 +123,12 @@ class Program:
         """Let a topic send through the app, where nobody bound it to anything yet.
 
         Raises:
-            ConfigurationError: the broker's URL cannot be used.
+            ConfigurationError: the broker's URL cannot be used, or not by two processes.
             QueueUnavailableError: no broker is configured, and no embedded server answers.
         """
         from ..worker import outlet_of
 
-        self.require_broker_url()
-        self.require_server()
+        self._require_broker()
         if not topic.is_bound:
             topic.bind(outlet_of(self.app))
 
@@ -138,14 +137,22 @@ class Program:
         """What sends through the app.
 
         Raises:
-            ConfigurationError: the broker's URL cannot be used.
+            ConfigurationError: the broker's URL cannot be used, or not by two processes.
             QueueUnavailableError: no broker is configured, and no embedded server answers.
         """
         from ..worker.runtime import runtime_of
 
-        self.require_broker_url()
-        self.require_server()
+        self._require_broker()
         return runtime_of(self.app).outlet
+
+    def _require_broker(self) -> None:
+        self.require_broker_url()
+        if str(self.app.conf.broker_url).partition("://")[0] == "memory":
+            raise ConfigurationError(
+                "the broker memory:// lives in one process: what this command sends would be gone with it; "
+                "name another in `broker_url`, such as redis://localhost:6379/0"
+            )
+        self.require_server()
 
     def require_server(self) -> None:
         """Make sure that, where no broker is configured, the embedded server answers.
