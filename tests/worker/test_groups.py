@@ -30,12 +30,13 @@ MakeSite = Callable[..., Site]
 SHORT = {"WATCH_LEASE": "2", "WATCH_RENEW_EVERY": "0.5"}
 
 #: Messages that teach a worker how long its handler takes.
-WARM = 10
+WARM = 20
 
-#: Has any pace count as quick: on a busy machine a child may take any time for a message.
+#: Has any pace below a second count as quick: on a busy machine a child may take some time for any message.
 PATIENT = """
-from watch_tasks.worker import groups
-groups.SPAN = 60.0
+from watch_tasks.worker import appetite, groups
+groups.SPAN = appetite.SPAN = 60.0
+appetite._QUICK = appetite._SLOW
 """
 
 #: `job` is quick but for what its data says; while `gate` has the child, messages wait.
