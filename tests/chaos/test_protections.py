@@ -52,13 +52,11 @@ script.digest = hashlib.sha1(script.text.encode()).hexdigest()
 """,
     "fencing": """
 from watch_tasks.storage import redis as storage
-make = storage._Script.__init__
-def spoilt(self, name):
-    make(self, name)
-    if name == "commit":
-        self._text = without(self._text.decode(), r"state.token ~= commit.token or", "").encode()
-        self._digest = hashlib.sha1(self._text).hexdigest()
-storage._Script.__init__ = spoilt
+read = storage.read_script
+def spoilt(name):
+    text = read(name)
+    return without(text, r"state.token ~= commit.token or", "") if name == "commit" else text
+storage.read_script = spoilt
 """,
     # As kombu's own does it: a word about a message is a word about whoever has it.
     "holder check": """
