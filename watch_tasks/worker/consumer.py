@@ -6,7 +6,7 @@ Every message is read here, in the main process, before it is handed on: only he
 from __future__ import annotations
 
 import logging
-import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -16,12 +16,13 @@ from celery.app.trace import build_tracer
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.concurrency.thread import TaskPool as ThreadPool
+from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.transport.virtual import Channel as VirtualChannel
 
 from .. import heartbeat, points
-from ..errors import ConfigurationError, MessageError, StorageError, TooLargeError
+from ..errors import MessageError, StorageError, TooLargeError
 from ..outcome import Busy, Dead, Outcome, Reason
 from ..queue import bulk, wire
 from ..queue.item import NO_ENVELOPE, TYPED
@@ -30,7 +31,9 @@ from ..transport.bounded import bound_decoders
 from ..transport.codec import ForgivingBase64
 from .appetite import Appetite
 from .bulk import register_packets
+from .checks import check_start
 from .collecting import Collector
+from .events import install_events
 from .gathering import Gatherer, Gathering
 from .groups import Groups
 from .hand import HAND, IDS, Hand
@@ -53,6 +56,9 @@ _AGAIN: Final = 2.0
 #: Seconds between two looks whether there are more children than before: nobody tells.
 _LOOK_AGAIN: Final = 1.0
 
+#: Seconds that a Redis may take to take an event; a try by a new connection may take three times that.
+_EVENT_ANSWER: Final = 1.0
+
 #: Schemes of RabbitMQ.
 _AMQP: Final = ("amqp", "amqps", "pyamqp")
 #: The content type of what kombu decodes as JSON.
@@ -68,7 +74,7 @@ class WatchConsumer(Consumer):
     def __init__(self, *args: Any, app: Any = None, pool: Any = None, hostname: str = "", **options: Any) -> None:
         self.runtime = runtime_of(app)
         self.runtime.name_worker(hostname)
-        _check(app, pool, self.runtime)
+        check_start(app, pool, self.runtime)
         topics = list(registry)
         # Also where no topic is loaded: a packet that nobody can read would be dead as one, and could not be replayed.
         register_packets(app)
@@ -77,6 +83,7 @@ class WatchConsumer(Consumer):
                 "no topics are loaded: name their modules in `imports` of the configuration, or with -I MODULE"
             )
         bound_decoders(bulk.most_bytes(self.runtime.settings.max_payload))
+        install_events(app)
         leases = transport_leases(app.conf, self.runtime.settings)
         if leases is not None:
             app.conf.broker_transport_options = leases
@@ -181,9 +188,12 @@ class WatchConsumer(Consumer):
     def connection_for_write(self, url: Any = None, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_write(url=url, heartbeat=heartbeat)
         options = connection.transport_options or {}
+        # By it go the events, from the main loop: what a silent server is waited for, this process stands still.
         if "confirm_publish" in options:
-            # By it go the events: confirmed, each would block this process for as long as the server is silent.
             connection.transport_options = {**options, "confirm_publish": False}
+        elif connection.transport.driver_type == "redis":
+            answer = min(options.get("socket_timeout") or _EVENT_ANSWER, _EVENT_ANSWER)
+            connection.transport_options = {**options, "socket_timeout": answer}
         return self.ensure_connected(connection)
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -202,6 +212,12 @@ class WatchConsumer(Consumer):
             return super().ensure_connected(conn)
         finally:
             del conn.ensure_connection
+
+    def on_connection_error_after_connected(self, exc: BaseException) -> None:
+        with warnings.catch_warnings():
+            # Of what a later Celery may do with what is running, in six lines: to us it makes no difference.
+            warnings.simplefilter("ignore", CPendingDeprecationWarning)
+            super().on_connection_error_after_connected(exc)
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
         handle = super().create_task_handler(*args, **options)
@@ -329,43 +345,6 @@ class WatchConsumer(Consumer):
 
     def _put_back(self, message: Any) -> None:
         message.reject_log_error(logger, self.connection_errors, requeue=True)
-
-
-def _check(app: Any, pool: Any, runtime: Any) -> None:
-    """End the start with every complaint there is."""
-    try:
-        settings = runtime.settings
-        complaints = [
-            f"topic `{topic.name}` has no handlers: add one with @{topic.name.replace('.', '_')}.handler"
-            for topic in registry
-            if not topic.handlers
-        ]
-        try:
-            is_shared = runtime.storage.is_shared
-            complaints += runtime.storage.misfits(registry)
-        except ConfigurationError as exc:
-            complaints += [f"setting `watch_storage_backend`: {complaint}" for complaint in exc.complaints]
-            is_shared = True
-        if not is_shared and isinstance(pool, PreforkPool):
-            complaints.append(
-                f"storage {settings.storage_url} lives in one process, and this pool has several: use -P threads or "
-                "-P solo, or a storage such as redis://…"
-            )
-        missing = settings.missing_server()
-        if missing:
-            complaints.append(missing)
-        try:
-            points.arm()
-        except ConfigurationError as exc:
-            complaints += exc.complaints
-        try:
-            heartbeat.beat()
-        except OSError as exc:
-            complaints.append(f"`{heartbeat.VARIABLE}` must name a file that can be written: {exc}")
-        if complaints:
-            raise ConfigurationError(*complaints)
-    except ConfigurationError as exc:
-        sys.exit("watch_tasks cannot start:\n" + "\n".join(f"  - {complaint}" for complaint in exc.complaints))
 
 
 def _read_packet(message: Any) -> None:
