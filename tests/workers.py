@@ -71,10 +71,7 @@ class Worker:
         self.process.wait(20)
 
     def stop(self, timeout: float = 60) -> int:
-        """Stop it as an operator would, and return its exit code.
-
-        Celery's own prefork pool takes 31.7 s now and then to stop while messages flow, and loses nothing by it.
-        """
+        """Stop it as an operator would, and return its exit code."""
         if self.is_running():
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()

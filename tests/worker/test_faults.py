@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 
@@ -291,6 +292,28 @@ def work(message):
 
     site.until_handled(60)
     assert set(site.calls("index").values()) == {1}
+
+
+@pytest.mark.parametrize("size", [1, 300_000], ids=["sent", "sent by half"])
+def test_a_stop_is_swift_where_a_child_was_sent_what_it_has_not_taken_yet(make_site: MakeSite, size: int) -> None:
+    site = make_site(GATE)
+    worker = site.worker(concurrency=1)
+    (child,) = worker.children()
+    os.kill(child, signal.SIGSTOP)
+    site.touch("open")
+    site.send("gate", "x" * size)
+    until(lambda: "received" in worker.text(), "the child is sent it")
+
+    worker.process.terminate()
+    until(lambda: "Warm shutdown" in worker.text(), "the worker is stopped")
+    pass_time(1)
+    os.kill(child, signal.SIGCONT)
+
+    assert worker.stop(15) == 0, "Celery's pool would wait for 30 s"
+    site.worker()
+    site.until_handled(1)
+    assert site.calls() == {"enter": 1, "leave": 1}
+    assert "without a word" not in worker.text(), "the child gave it back"
 
 
 def test_a_worker_that_cannot_work_says_all_that_is_wrong(make_site: MakeSite) -> None:

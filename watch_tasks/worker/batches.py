@@ -87,6 +87,8 @@ class Batch:
         self.requests = []
 
     def _on_accepted(self, pid: int, time_accepted: float) -> None:
+        if self.is_accepted:
+            return  # a stop had counted it as that already
         self.is_accepted = True
         for request in self.requests:
             request.on_accepted(pid, time_accepted)

@@ -37,6 +37,7 @@ from .events import install_events
 from .gathering import Gatherer, Gathering
 from .groups import Groups
 from .hand import HAND, IDS, Hand
+from .handed import count_as_accepted
 from .request import TopicRequest
 from .runtime import runtime_of
 from .settings import transport_leases
@@ -136,6 +137,8 @@ class WatchConsumer(Consumer):
     def stop(self) -> None:
         # A child that waits for a storage learns from this that it must not wait any longer.
         self.runtime.shared.stop()
+        if isinstance(self.pool, PreforkPool) and self.hub is not None:
+            count_as_accepted(self.pool)
         self.collector.let_go()
         if self._gathering:
             self._gathering.let_go()
