@@ -140,6 +140,34 @@ def test_where_only_events_cannot_be_sent_messages_are_handled_all_the_same(
     assert worker.stop(20) == 0
 
 
+def test_where_only_an_answer_to_a_command_cannot_be_sent_messages_are_handled_all_the_same(
+    make_site: MakeSite, own_valkey: RedisServer
+) -> None:
+    site = make_site(GATE, url=own_valkey.url)
+    worker = site.worker("--without-heartbeat", concurrency=1)
+    site.send("gate", 1)
+    until(lambda: site.calls()["enter"] == 1, "the handler runs")
+    with own_valkey.client() as client, client.pubsub() as told:
+        told.psubscribe("*pidbox*")
+        told.get_message(timeout=5)
+        site.bare.control.ping(destination=["another@test"], timeout=0.1)
+        command = told.get_message(timeout=5)
+        assert command
+        envelope = json.loads(command["data"])
+        body = {**json.loads(base64.b64decode(envelope["body"])), "destination": None}
+        envelope["body"] = base64.b64encode(json.dumps(body).encode()).decode()
+        usual = client.config_get("maxclients")["maxclients"]
+        client.config_set("maxclients", 1)  # nobody new gets in
+        client.publish(command["channel"], json.dumps(envelope))
+        until(lambda: "could not answer a control command: max number of" in worker.text(), "it cannot answer", 10)
+        site.touch("open")
+
+        until(lambda: not _in_hand(client), "it is handled and acked", 20, worker.text)
+        client.config_set("maxclients", usual)
+    assert site.bare.control.ping(timeout=2) == [{"w1@test": {"ok": "pong"}}]
+    assert worker.stop(20) == 0
+
+
 def test_a_send_to_a_server_that_hangs_ends_and_sending_again_is_safe(
     make_site: MakeSite, own_valkey: RedisServer
 ) -> None:

@@ -33,11 +33,11 @@ from .appetite import Appetite
 from .bulk import register_packets
 from .checks import check_start
 from .collecting import Collector
-from .events import install_events
 from .gathering import Gatherer, Gathering
 from .groups import Groups
 from .hand import HAND, IDS, Hand
 from .handed import count_as_accepted
+from .monitoring import install_monitoring
 from .request import TopicRequest
 from .runtime import runtime_of
 from .settings import transport_leases
@@ -84,7 +84,7 @@ class WatchConsumer(Consumer):
                 "no topics are loaded: name their modules in `imports` of the configuration, or with -I MODULE"
             )
         bound_decoders(bulk.most_bytes(self.runtime.settings.max_payload))
-        install_events(app)
+        install_monitoring(app)
         leases = transport_leases(app.conf, self.runtime.settings)
         if leases is not None:
             app.conf.broker_transport_options = leases
