@@ -57,8 +57,8 @@ class TestVerdicts:
     def test_a_snooze_takes_seconds(self, seconds: float) -> None:
         assert Snooze(seconds).seconds == seconds
 
-    @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan")])
-    def test_it_refuses_what_is_no_time(self, seconds: float) -> None:
+    @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "5", None])
+    def test_it_refuses_what_is_no_time(self, seconds: Any) -> None:
         with pytest.raises(ValueError, match="`seconds` must be 0 or more"):
             Snooze(seconds)
 

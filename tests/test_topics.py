@@ -339,15 +339,33 @@ class TestRules:
     def test_records_are_kept_for_a_day_at_least_or_for_ever(self, retention: float | None) -> None:
         assert Topic("t", retention=retention).retention == retention
 
-    @pytest.mark.parametrize("retention", [0, -1, DAY - 1, float("inf"), float("nan")])
-    def test_a_shorter_retention_would_lose_records_to_copies_in_flight(self, retention: float) -> None:
+    @pytest.mark.parametrize("retention", [0, -1, DAY - 1, float("inf"), float("nan"), "86400", True])
+    def test_a_shorter_retention_would_lose_records_to_copies_in_flight(self, retention: Any) -> None:
         with pytest.raises(ValueError, match=r"topic `t`: `retention` must be at least 86400 seconds"):
             Topic("t", retention=retention)
 
-    @pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
-    def test_a_timeout_that_is_none_is_refused(self, timeout: float) -> None:
+    @pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), "5", True])
+    def test_a_timeout_that_is_none_is_refused(self, timeout: Any) -> None:
         with pytest.raises(ValueError, match="`timeout` must be seconds above 0, or None"):
             Topic("t", timeout=timeout)
+
+    @pytest.mark.parametrize("most", [0, -1, 1.5, "5", True])
+    def test_a_bound_that_is_no_count_is_refused(self, most: Any) -> None:
+        with pytest.raises(ValueError, match="topic `t`: `max_waiting` must be at least 1, or None"):
+            Topic("t", max_waiting=most)
+
+    @pytest.mark.parametrize("queue", ["", 3, b"q"])
+    def test_a_queue_that_is_no_name_is_refused(self, queue: Any) -> None:
+        with pytest.raises(ValueError, match="topic `t`: `queue` must be the name of a queue, or None"):
+            Topic("t", queue=queue)
+
+    @pytest.mark.parametrize("delay", ["5", "", None, float("nan"), float("inf"), 1e12, True])
+    def test_a_delay_that_is_no_time_is_refused_before_anything_is_sent(
+        self, desk: Desk, bound: Topic[Any], delay: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="`delay` must be seconds, a hundred years at most, got"):
+            bound.send(1, delay=delay)
+        assert desk.pushed == []
 
     def test_an_unknown_once_rule_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"topic `t`: `once` must be"):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from .seconds import is_seconds
+
 if TYPE_CHECKING:
     from .message import Message
 
@@ -103,7 +105,7 @@ class Snooze(Exception):
     """Raised by a handler: not now, again in `seconds`, at no cost in retries. The same handler runs again then."""
 
     def __init__(self, seconds: float) -> None:
-        if not seconds >= 0 or seconds == float("inf"):
+        if not is_seconds(seconds):
             raise ValueError(f"`seconds` must be 0 or more, got {seconds!r}")
         super().__init__(seconds)
         self.seconds = float(seconds)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random as _random
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from .seconds import is_seconds
 
 __all__ = ["RetryPolicy"]
 
@@ -15,7 +16,7 @@ class RetryPolicy:
     """When a failed message is tried again, and when it is given up.
 
     Raises:
-        ValueError: a number is negative or not finite.
+        ValueError: what should be a number is none, negative or not finite.
         TypeError: `retry_for` or `give_up_for` is no tuple of exception classes.
     """
 
@@ -42,7 +43,7 @@ class RetryPolicy:
             )
         for name in ("backoff", "backoff_max"):
             seconds = getattr(self, name)
-            if not math.isfinite(seconds) or seconds < 0:
+            if not is_seconds(seconds):
                 raise ValueError(f"`{name}` must be seconds, 0 or more, got {seconds!r}")
         for name in ("retry_for", "give_up_for"):
             kinds = getattr(self, name)

@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from .errors import MessageError, QueueClosedError, QueueFullError, SendError, SendUnknownError, TooLargeError
 from .message import Message, Once
 from .packets import MOST_BYTES, MOST_MEMBERS, Member, Packet, member_of, new_ids, read_member
+from .seconds import is_seconds
 
 if TYPE_CHECKING:
     from .topics import Topic
@@ -110,9 +111,9 @@ class Sender(Generic[T]):
         linger: float | None = 0.05,
         on_verdict: Callable[[Message[T], Verdict], None] | None = None,
     ) -> None:
-        if isinstance(size, bool) or not 1 <= size <= MOST_MEMBERS:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST_MEMBERS:
             raise ValueError(f"`size` must be 1 to {MOST_MEMBERS}, got {size!r}")
-        if linger is not None and not 0 <= linger < float("inf"):
+        if linger is not None and not is_seconds(linger):
             raise ValueError(f"`linger` must be seconds, 0 or more, or None, got {linger!r}")
         self._topic, self._outlet = topic, outlet
         #: None: one by one. A bound counts messages, so they must be seen one by one.

@@ -7,6 +7,7 @@ because the function of that name would hide it.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .packets import MOST_MEMBERS
 from .registry import registry
 from .retry import RetryPolicy
 from .schema import Schema, dump, dump_directly, schema_of
+from .seconds import CENTURY, is_seconds
 from .sending import Outlet, Sender, SendReport, Verdict, send_all
 
 __all__ = [
@@ -119,15 +121,17 @@ class Topic(Generic[T]):
             raise ValueError(f'topic `{name}`: `transactional` needs a claim, which `once="none"` does without')
         self.once: Once = once
         self.transactional = transactional
+        if queue is not None and not (isinstance(queue, str) and queue):
+            raise ValueError(f"topic `{name}`: `queue` must be the name of a queue, or None, got {queue!r}")
         self.queue = queue
         self.keep_data = keep_data
-        if retention is not None and not DAY <= retention < float("inf"):
+        if retention is not None and not is_seconds(retention, DAY):
             raise ValueError(
                 f"topic `{name}`: `retention` must be at least {DAY:.0f} seconds (a day) or None (for ever), "
                 f"got {retention!r}"
             )
         self.retention = retention
-        if max_waiting is not None and (isinstance(max_waiting, bool) or max_waiting < 1):
+        if max_waiting is not None and not _is_count(max_waiting):
             raise ValueError(f"topic `{name}`: `max_waiting` must be at least 1, or None, got {max_waiting!r}")
         self.max_waiting = max_waiting
         self.handlers: tuple[Handler, ...] = ()
@@ -188,9 +192,9 @@ class Topic(Generic[T]):
             TopicError: the topic has a handler already, or is transactional.
             ValueError: a number is out of its range.
         """
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not _is_count(size):
             raise ValueError(f"topic `{self.name}`: `size` must be a whole number above 0, got {size!r}")
-        if not 0 <= seconds < float("inf"):
+        if not is_seconds(seconds):
             raise ValueError(f"topic `{self.name}`: `seconds` must be 0 or more, got {seconds!r}")
 
         def add(function: B) -> B:
@@ -291,7 +295,10 @@ class Topic(Generic[T]):
             QueueFullError: the queue's bound is reached. Nothing was sent.
             SendFailedError: the broker cannot be reached. Nothing was sent.
             SendUnknownError: the answer was lost; sending `error.message` again is safe.
+            ValueError: `delay` is no number of seconds, or more than a hundred years.
         """
+        if delay != 0 and not (is_seconds(delay, -math.inf) and delay <= CENTURY):
+            raise ValueError(f"`delay` must be seconds, a hundred years at most, got {delay!r}")
         message = self.message(data, index=index, max_retries=max_retries, once=once)
         self._bound().push(replace(message, data=self.encode(message.data)), delay=delay)
         return message
@@ -469,9 +476,13 @@ def topic(
 
 
 def _positive(name: str, seconds: float | None) -> float | None:
-    if seconds is not None and not 0 < seconds < float("inf"):
+    if seconds is not None and not (is_seconds(seconds) and seconds > 0):
         raise ValueError(f"`{name}` must be seconds above 0, or None, got {seconds!r}")
     return seconds
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def _name_of(function: Callable[..., Any]) -> str:
