@@ -327,6 +327,28 @@ def test_a_worker_that_cannot_work_says_all_that_is_wrong(make_site: MakeSite) -
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("redis://:s3c/ret@localhost:6379/0", "it cannot be read; characters such as / and #"),
+        ("nosuch://localhost", "there is no transport `nosuch`"),
+    ],
+)
+def test_a_broker_url_that_is_none_is_a_complaint_without_its_password(
+    make_site: MakeSite, url: str, complaint: str
+) -> None:
+    site = make_site(GATE, CELERY_BROKER_URL=url, WATCH_STORAGE_BACKEND="memory://")
+
+    ended = site.run("-m", "celery", "-A", "watch_tasks", "worker", "-P", "solo")
+
+    assert ended.returncode == 1
+    assert f"setting `broker_url` must be the URL of a broker, such as redis://localhost:6379/0: {complaint}" in (
+        ended.stderr
+    )
+    assert "s3c" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_storage_that_cannot_keep_the_promises_is_one_complaint_of_all(make_site: MakeSite) -> None:
     site = make_site('empty = topic("empty")\n', WATCH_STORAGE_BACKEND="db+mysql://user:s3cret@localhost/results")
 

@@ -175,21 +175,11 @@ class Program:
         """Make sure that the broker's URL can be used. Nothing is connected to.
 
         Raises:
-            ConfigurationError: its scheme is unknown, lacks its driver, or the rest of it cannot be read. The text
-                has nothing of the URL but the scheme: where it cannot be read, nobody knows what in it is a password.
+            ConfigurationError: it cannot.
         """
-        from ..worker.settings import BROKER_URL, UNREADABLE
+        from ..worker.settings import check_broker_url
 
-        try:
-            with self.app.connection_for_write() as connection:
-                connection.get_transport_cls()
-        except (KeyError, ImportError, ValueError) as exc:
-            scheme = str(self.app.conf.broker_url).partition("://")[0]
-            wrong = {
-                KeyError: f"there is no transport `{scheme}`",
-                ValueError: UNREADABLE,
-            }.get(type(exc), f"transport `{scheme}` lacks its driver: {exc}")
-            raise ConfigurationError(f"{BROKER_URL}: {wrong}") from exc
+        check_broker_url(self.app)
 
     @property
     def embedded_folder(self) -> str | None:

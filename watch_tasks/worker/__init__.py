@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from celery import Celery
+from celery.signals import celeryd_init
 
 from ..errors import ConfigurationError
 from ..registry import registry
@@ -58,6 +59,14 @@ def install(app: Celery) -> Celery:
             topic.bind(outlet_of(app))
 
     registry.subscribe(adopt)
+
+    def begin(instance: Any, **_: Any) -> None:
+        if instance.app is app:
+            from .checks import check_broker  # which loads what only workers need
+
+            check_broker(app)
+
+    celeryd_init.connect(begin, weak=False)
     return app
 
 

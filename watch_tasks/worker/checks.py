@@ -1,21 +1,30 @@
-"""What a worker must find as it starts."""
+"""What a worker must find as it starts: else it ends with every complaint there is."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from celery.concurrency.prefork import TaskPool as PreforkPool
 
 from .. import heartbeat, points
 from ..errors import ConfigurationError
 from ..registry import registry
+from .settings import check_broker_url
 
-__all__ = ["check_start"]
+__all__ = ["check_broker", "check_start"]
+
+
+def check_broker(app: Any) -> None:
+    """See that the broker's URL can be used, before Celery reads it: its traceback has a part of the password in it."""
+    try:
+        check_broker_url(app)
+    except ConfigurationError as exc:
+        _end(exc)
 
 
 def check_start(app: Any, pool: Any, runtime: Any) -> None:
-    """End the start with every complaint there is."""
+    """See that there is all that the handlers need."""
     try:
         settings = runtime.settings
         complaints = [
@@ -48,4 +57,8 @@ def check_start(app: Any, pool: Any, runtime: Any) -> None:
         if complaints:
             raise ConfigurationError(*complaints)
     except ConfigurationError as exc:
-        sys.exit("watch_tasks cannot start:\n" + "\n".join(f"  - {complaint}" for complaint in exc.complaints))
+        _end(exc)
+
+
+def _end(error: ConfigurationError) -> NoReturn:
+    sys.exit("watch_tasks cannot start:\n" + "\n".join(f"  - {complaint}" for complaint in error.complaints))

@@ -87,6 +87,26 @@ BROKER_URL: Final = "setting `broker_url` must be the URL of a broker, such as r
 UNREADABLE: Final = "it cannot be read; characters such as / and # in a password are written %2F and %23"
 
 
+def check_broker_url(app: Any) -> None:
+    """See that the URLs of an app's broker can be used. Nothing is connected to.
+
+    Raises:
+        ConfigurationError: a scheme is unknown, lacks its driver, or the rest cannot be read. The text has nothing of
+            the URL but the scheme.
+    """
+    for connect in (app.connection_for_read, app.connection_for_write):
+        try:
+            with connect() as connection:
+                connection.get_transport_cls()
+        except (KeyError, ImportError, ValueError) as exc:
+            scheme = _broker_of(app.conf).partition("://")[0]
+            wrong = {
+                KeyError: f"there is no transport `{scheme}`",
+                ValueError: UNREADABLE,
+            }.get(type(exc), f"transport `{scheme}` lacks its driver: {exc}")
+            raise ConfigurationError(f"{BROKER_URL}: {wrong}") from exc
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text")
