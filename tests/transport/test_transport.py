@@ -6,6 +6,7 @@ import bz2
 import gc
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -127,6 +128,22 @@ class TestMessages:
         (message,) = reader.take()
         assert (message.payload, message.headers["x"]) == ({"a": [1, "ü"]}, 1)
         message.ack()
+
+    def test_one_that_is_put_back_while_the_server_hangs_holds_up_nobody_and_comes_again(
+        self, connect: Any, own_valkey: RedisServer
+    ) -> None:
+        connection = connect(url=own_valkey.url)
+        send(connection, "x")
+        reader = Reader(connection, prefetch=1)
+        (message,) = reader.take()
+        own_valkey.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        message.reject(requeue=True)
+        took = time.monotonic() - began
+        own_valkey.signal(signal.SIGCONT)
+        assert took < 2, "an answer is waited for 5 s"
+        # The message itself is kept here, as by the traceback of an error.
+        assert [one.payload for one in reader.take(2)] == ["x", "x"]
 
     def test_a_channel_keeps_its_clients(self, connect: Any) -> None:
         channel = connect().default_channel
@@ -281,7 +298,7 @@ class TestCounting:
         assert channel.count_waiting("q") == 4
         reader.consumer.cancel()
         message.reject(requeue=True)
-        assert channel.count_waiting("q") == 11
+        until(lambda: channel.count_waiting("q") == 11, "it is put back")
         reader.channel.close()
         assert channel.count_waiting("q") == 11
 

@@ -294,6 +294,44 @@ def work(message):
     assert set(site.calls("index").values()) == {1}
 
 
+STOPPED = """
+import traceback
+from celery.signals import worker_shutting_down
+
+@worker_shutting_down.connect(weak=False)
+def tell(**_):
+    with open("stack", "w") as file:
+        file.write("".join(traceback.format_stack()))
+
+quick = topic("quick")
+
+@quick.handler
+def work(message):
+    note("work", message)
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_cold_stop_comes_at_a_turn_of_the_loop_and_loses_nothing(make_site: MakeSite, pool: str) -> None:
+    site = make_site(STOPPED)
+    worker = site.worker(pool=pool)
+    for number in range(150):
+        site.send("quick", number, index=str(number))
+    until(lambda: site.handled() > 20, "some are handled")
+
+    worker.signal(signal.SIGQUIT)
+
+    until(lambda: not worker.is_running(), "the worker ends", 20, worker.text)
+    stack = (site.folder / "stack").read_text()
+    assert "cold.py" in stack, f"where the signal came, it would be: {stack}"
+    for trouble in ("Unrecoverable", "Error on", "Error in timer", "Traceback"):
+        assert trouble not in worker.text()
+    site.worker(pool=pool)
+    site.until_handled(150, 60)
+    assert not site.dead()
+
+
 @pytest.mark.parametrize("size", [1, 300_000], ids=["sent", "sent by half"])
 def test_a_stop_is_swift_where_a_child_was_sent_what_it_has_not_taken_yet(make_site: MakeSite, size: int) -> None:
     site = make_site(GATE)

@@ -214,6 +214,29 @@ def test_a_send_to_a_server_that_hangs_ends_and_sending_again_is_safe(site: Rabb
     assert site.calls("index") == {"before": 1, "a": 1}
 
 
+def test_what_is_delayed_before_a_worker_was_ever_there_is_not_lost(site: RabbitSite, rabbit: RabbitServer) -> None:
+    """The broker confirms what it cannot route, and only workers told it where delayed messages go."""
+    done = site.run(
+        "-c", "import topics_here, watch_tasks; watch_tasks.app; topics_here.slow.send(1, index='a', delay=1)"
+    )
+
+    assert done.returncode == 0, done.stderr
+    until(lambda: count(rabbit, "slow") == 1, "it is due", 10)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_what_is_handled_while_the_worker_stops_is_acked(site: RabbitSite, rabbit: RabbitServer, pool: str) -> None:
+    worker = site.worker(pool=pool)
+    for number in range(2):
+        site.send("job", 1.5, index=str(number))
+    until(lambda: len(site.lines()) == 2, "the handlers run")
+
+    assert worker.stop() == 0
+
+    assert site.handled("job") == 2
+    assert count(rabbit, "celery") == 0
+
+
 def test_batches_have_their_room_from_the_start(site: RabbitSite) -> None:
     """Quorum queues read the prefetch limit once, so it cannot follow what is collected."""
     site.worker(concurrency=2)

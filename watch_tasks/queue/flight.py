@@ -160,6 +160,10 @@ class Flight:
         self._held: dict[int, Callable[[], object] | None] = {}
         self._lock = threading.Lock()
         self._settled: list[int] = []
+        #: What is to go back to the tail.
+        self._returning: list[int] = []
+        #: Called in the thread when there is room for more.
+        self.on_room: Callable[[], object] = _nothing
         #: What the fetch under way tells the server: which lists it asked for, and what is settled.
         self._asked: Sequence[str] = ()
         self._telling: list[int] = []
@@ -284,6 +288,12 @@ class Flight:
             for number in part:
                 self._held.pop(number, None)
 
+    def back_soon(self, number: int) -> None:
+        """Have the thread put an item back to the tail; while the server is away, again and again."""
+        with self._lock:
+            self._returning.append(number)
+        self._wake.set()
+
     def back_all(self) -> None:
         """Put back all that is in hand.
 
@@ -329,10 +339,17 @@ class Flight:
             # Before that is told which is settled: what is settled from now on is told the next time, and known still.
             known = list(self._held)
         self._tell()
+        with self._lock:
+            returning = self._returning[:]
+        self.back(returning, to_tail=True)
+        with self._lock:
+            del self._returning[: len(returning)]
         forgotten = [number for number, delivery in list(self._held.items()) if delivery is not None and not delivery()]
         if forgotten:
             logger.info("%d messages were let go of without a word, putting them back", len(forgotten))
             self.back(forgotten)
+        if returning or forgotten:
+            self.on_room()
         own = ""
         if self._held and time.monotonic() >= self._renewed + self._every:
             own = self.holder
@@ -398,7 +415,7 @@ class Flight:
                 return
             try:
                 is_more = self.tend()
-                if self._is_retired and not self._held and not self._settled:
+                if self._is_retired and not (self._held or self._settled):
                     self.close()
             except redis.RedisError as exc:
                 is_more = False

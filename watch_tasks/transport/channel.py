@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty
 from typing import Any, ClassVar, Final
+from weakref import WeakMethod
 
 import redis
 from kombu.log import get_logger
@@ -119,6 +120,9 @@ class Channel(SendingChannel):
                 lease=float(self.lease),
                 every=float(self.renew_every),
             )
+            # Weakly: a flight outlives its channel where something of it is still being handled.
+            wake = WeakMethod(self.wake)
+            self._flight.on_room = lambda: (call := wake()) and call()
         return self._flight
 
     @property

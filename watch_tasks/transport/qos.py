@@ -41,7 +41,7 @@ class QoS(_stock.QoS):
 
     def reject(self, delivery_tag: int, requeue: bool = False) -> None:
         if requeue:
-            self.channel.flight.back([delivery_tag], to_tail=True)
+            self.channel.flight.back_soon(delivery_tag)
         else:
             self.channel.flight.ack(delivery_tag)
         self.channel.wake_for_settled()

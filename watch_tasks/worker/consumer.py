@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 from celery.app.trace import build_tracer
 from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.concurrency.prefork import _run_ready_callbacks as run_ready_callbacks
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.exceptions import CPendingDeprecationWarning
@@ -32,6 +33,7 @@ from ..transport.codec import ForgivingBase64
 from .appetite import Appetite
 from .bulk import register_packets
 from .checks import check_start
+from .cold import ColdStop
 from .collecting import Collector
 from .gathering import Gatherer, Gathering
 from .groups import Groups
@@ -108,6 +110,7 @@ class WatchConsumer(Consumer):
         self._process: Callable[[Any], object] = self.__dict__["on_task_request"]
         self.on_task_request = self._begin
         self._gathering = self._gather(pool) if self.hub is not None else None
+        self._cold = ColdStop(self.runtime.shared.stop, self._begin_to_stop) if self.hub is not None else None
 
     def _gather(self, pool: Any) -> Gatherer | None:
         if isinstance(pool, SoloPool):
@@ -134,11 +137,16 @@ class WatchConsumer(Consumer):
             self.timer.call_repeatedly(_LOOK_AGAIN, self._gathering.look_again)
         super().start()
 
-    def stop(self) -> None:
+    def _begin_to_stop(self) -> None:
         # A child that waits for a storage learns from this that it must not wait any longer.
         self.runtime.shared.stop()
         if isinstance(self.pool, PreforkPool) and self.hub is not None:
             count_as_accepted(self.pool)
+
+    def stop(self) -> None:
+        if self._cold:
+            self._cold.let_go()
+        self._begin_to_stop()
         self.collector.let_go()
         if self._gathering:
             self._gathering.let_go()
@@ -147,6 +155,8 @@ class WatchConsumer(Consumer):
     def shutdown(self) -> None:
         if self._gathering:
             self._gathering.close()  # before the connection, which takes the last acks along
+        if self.hub is not None and self.connection is not None:
+            run_ready_callbacks(self.hub)  # some of them: Celery hands them to the loop, which has ended
         super().shutdown()
         self.runtime.keeper.stop()
 
@@ -161,10 +171,14 @@ class WatchConsumer(Consumer):
 
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)
+        if self._cold:
+            self._cold.register_with_event_loop(hub)
         if self._gathering:
             self._gathering.register_with_event_loop(hub)
 
     def on_close(self) -> None:
+        if self._cold:
+            self._cold.let_go()
         # The connection was lost: Celery forgets what was not started.
         self.collector.let_go()
         if self._gathering:
@@ -231,6 +245,8 @@ class WatchConsumer(Consumer):
                 if not self._refuse(message):
                     return handle(message)
             except _GARBAGE as exc:
+                if self.runtime.is_stopping():
+                    return None  # by what a stop has ended already, perhaps; it goes back with the connection
                 self._bury(message, Reason.MALFORMED, exc)
             return None
 

@@ -71,9 +71,9 @@ class Groups:
         """Take a delivery that is due."""
         self._waiting.append(request)
         busy = len(self._groups)
-        if busy < self._pool.num_processes:
+        if busy < self._children:
             self._turn()
-        elif busy == self._pool.num_processes:
+        elif busy == self._children:
             self._waker.wake()  # until then more may come
 
     def register_with_event_loop(self, loop: Any) -> None:
@@ -103,6 +103,12 @@ class Groups:
             group.forget()
             self._groups.discard(group)
 
+    @property
+    def _children(self) -> int:
+        """How many the pool has: none once a cold stop has ended it, and the loop runs on for a moment."""
+        is_ended = getattr(self._pool, "_pool", self) is None  # then Celery's pool cannot say a number any more
+        return 0 if is_ended else int(self._pool.num_processes)
+
     def _turn(self) -> None:
         while self._waiting and self._has_room():
             requests = [request for request in self._take() if self._is_wanted(request)]
@@ -119,7 +125,7 @@ class Groups:
 
     def _has_room(self) -> bool:
         """Whether a child is free; or will be in a moment, and shall not wait then."""
-        missing = self._pool.num_processes - len(self._groups)
+        missing = self._children - len(self._groups)
         # Somebody may have taken all children away.
         is_soon = bool(self._groups) and all(group.is_quick for group in self._groups)
         return missing > 0 or (missing == 0 and is_soon)
@@ -142,7 +148,7 @@ class Groups:
 
     def _take(self) -> list[TopicRequest]:
         """Return what goes to one child: no more than its share, and than it can be done with soon."""
-        share = min(-(-len(self._waiting) // self._pool.num_processes), _MOST)
+        share = min(-(-len(self._waiting) // self._children), _MOST)
         taken: list[TopicRequest] = []
         seconds, size = 0.0, 0
         for request in islice(self._waiting, share):
@@ -165,7 +171,9 @@ class Groups:
 
     def _fit(self) -> None:
         """Have so many in hand as suits the pace; what must not wait here any longer goes back to the broker."""
-        at_once = self._pool.num_processes
+        at_once = self._children
+        if not at_once:
+            return
         self._appetite.fit(at_once)
         while len(self._waiting) > self._appetite.most_waiting(at_once):
             self._waiting.pop().hand_over_again()

@@ -23,6 +23,8 @@ def count_as_accepted(pool: Any) -> None:
     Args:
         pool: Celery's prefork pool, whose event loop does not run any more.
     """
+    if pool._pool is None:  # a cold stop ends it first
+        return
     until = time.monotonic() + _REST
     for job in list(pool._pool._cache.values()):
         child = job._write_to

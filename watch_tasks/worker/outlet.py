@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,7 +12,12 @@ from amqp.exceptions import AMQPError
 from celery import Celery
 from celery.app.task import get_actual_ignore_result
 from celery.utils.quorum_queues import detect_quorum_queues
+from kombu.entity import Queue
 from kombu.exceptions import KombuError
+from kombu.transport.native_delayed_delivery import (
+    bind_queue_to_native_delayed_delivery_exchange,
+    declare_native_delayed_delivery_exchanges_and_queues,
+)
 
 from ..errors import SendError, SendFailedError, TooLargeError
 from ..message import Message
@@ -45,6 +51,8 @@ class CeleryOutlet:
         self._app = app
         self._settings = settings
         self._shortcut = Shortcut(app)
+        #: Queues that what the broker delays is known to come to.
+        self._awaiting: set[str] = set()
 
     @property
     def max_payload(self) -> int:
@@ -127,7 +135,7 @@ class CeleryOutlet:
         kind = {"content_type": "application/json", "content_encoding": "utf-8"}
         made = made._replace(headers={**made.headers, **headers}, properties={**made.properties, **kind}, body=body)
         try:
-            with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
+            with self._publishing() as producer, producer.connection._reraise_as_library_errors():
                 amqp.send_task_message(producer, made.headers["task"], made, confirm_timeout=_CONFIRM, **options)
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
             raise self._error(exc, sent) from exc
@@ -143,21 +151,59 @@ class CeleryOutlet:
             if delay > 0 and self._delays_in_broker:
                 # RabbitMQ's native delay counts in whole seconds; Celery cuts off, and fails below one.
                 delay = float(math.ceil(delay))
-            self._app.send_task(
-                wire.task_name(message.topic),
-                args,
-                keywords,
-                task_id=message.id,
-                headers={**headers, **wire.headers(message)},
-                retries=message.retries,
-                countdown=delay or None,
-                add_to_parent=False,
-                serializer="json",
-                **wire.reprs(message),
-                **{"ignore_result": True, "confirm_timeout": _CONFIRM, **options},
-            )
+                self._have_awaited(message, options)
+            with self._publishing() as producer:
+                self._app.send_task(
+                    wire.task_name(message.topic),
+                    args,
+                    keywords,
+                    task_id=message.id,
+                    headers={**headers, **wire.headers(message)},
+                    retries=message.retries,
+                    countdown=delay or None,
+                    add_to_parent=False,
+                    serializer="json",
+                    producer=producer,
+                    **wire.reprs(message),
+                    **{"ignore_result": True, "confirm_timeout": _CONFIRM, **options},
+                )
         except (KombuError, AMQPError, OSError, TimeoutError) as exc:
             raise self._error(exc, message) from exc
+
+    @contextmanager
+    def _publishing(self) -> Iterator[Any]:
+        with self._app.producer_or_acquire() as producer:
+            try:
+                yield producer
+            except (SystemExit, KeyboardInterrupt):
+                # Perhaps in the midst of a frame: to take leave of the broker would be to wait for the rest of it.
+                producer.connection.collect()
+                raise
+
+    def _have_awaited(self, message: Message[Any], options: dict[str, Any]) -> None:
+        """See to it that a message comes to its queue when the broker has delayed it.
+
+        Workers do that for their queues when they start. A message for a queue that no worker has had yet would vanish,
+        and be confirmed: RabbitMQ confirms as well what it cannot route.
+
+        Raises:
+            SendFailedError: that could not be done, and the message was not sent.
+        """
+        if "exchange" in options:
+            return  # the way by which it came here
+        args, keywords = wire.arguments(message)
+        queue = self._app.amqp.router.route(dict(options), wire.task_name(message.topic), args, keywords).get("queue")
+        if not isinstance(queue, Queue) or queue.name in self._awaiting or queue.exchange.type == "direct":
+            return
+        try:
+            with self._app.connection_for_write() as connection:
+                kind = self._app.conf.broker_native_delayed_delivery_queue_type
+                declare_native_delayed_delivery_exchanges_and_queues(connection, kind)
+                queue(connection.default_channel).declare()
+                bind_queue_to_native_delayed_delivery_exchange(connection, queue)
+        except (KombuError, AMQPError, OSError, TimeoutError) as exc:
+            raise SendFailedError(f"{name_of(message)} was not sent: {exc}") from exc
+        self._awaiting.add(queue.name)
 
     def _error(self, error: BaseException, sent: Message[Any] | Packet) -> SendError:
         """Return what a failed publish means; where the embedded server does not run, what to do."""

@@ -45,6 +45,8 @@ class Runtime:
         self.pid = os.getpid()
         self.shared = shared
         self.outlet = CeleryOutlet(app, lambda: self.settings)
+        #: Why nothing more is sent at a stop: the broker did not take the last copy, and each would wait anew.
+        self.gave_up = ""
         self._pipelines: dict[str, Pipeline] = {}
 
     @cached_property

@@ -138,10 +138,13 @@ class TopicTask(Task):
         """Publish until the broker has it: nothing is acked before. At a stop the message is handed over again."""
         pause, longest = _PAUSES
         while True:
+            if runtime.gave_up and runtime.is_stopping():
+                raise Reject(runtime.gave_up, requeue=True)
             try:
                 return publish()
             except SendError as exc:
                 if runtime.is_stopping() or self.request.is_eager:
+                    runtime.gave_up = error_text(exc)
                     raise Reject(error_text(exc), requeue=True) from exc
                 logger.warning("could not publish a copy, trying again in %.2g s: %s", pause, exc)
                 time.sleep(pause)

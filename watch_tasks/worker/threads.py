@@ -54,6 +54,8 @@ class ThreadsGathering(Gathering):
             self._take_claimed()
         if self._arrived and not self._claiming:
             self._claim()
+        if self._runtime.is_stopping():
+            return  # a cold stop ends the pool first, and the loop runs on for a moment
         with self._lock:
             missing = min(len(self._ready), self._pool.limit - self._running)
             self._running += max(missing, 0)
