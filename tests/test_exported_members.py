@@ -129,6 +129,7 @@ class TestImporting:
                 "registry",
                 "retry",
                 "schema",
+                "seconds",
                 "sending",
                 "topics",
             )
