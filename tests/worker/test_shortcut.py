@@ -671,8 +671,8 @@ class TestTrouble:
 
 class TestCompany:
     def test_threads_do_not_get_in_each_others_way(self, make_app: MakeApp, valkey: RedisServer, ways: Ways) -> None:
-        make_app()
-        alarm = topic("alarm")
+        app, alarm = make_app(), topic("alarm")
+        connect(app)
         barrier = threading.Barrier(8)
         problems: list[BaseException] = []
 
